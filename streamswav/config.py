@@ -1,0 +1,385 @@
+"""The configuration: one frozen pydantic model a section, read from YAML, environment and command line.
+
+A value left at `None` is chosen at start by a rule (`streamswav/defaults.py`) that is printed with its
+reason. Later sources win: file, then `STREAMSWAV_SECTION__KEY`, then `--section.key value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from streamswav.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "STREAMSWAV_"
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where the run lives."""
+
+    directory: str = Field("", description="folder or s3:// prefix for checkpoints, configuration and logs")
+
+
+class StreamSection(Section):
+    """What is read, and in which order."""
+
+    urls: list[str] = Field(
+        [], description="shards: prefixes, globs, brace patterns, single tars, @list files"
+    )
+    seed: NonNegativeInt = Field(0, description="seed of order, crops and weights")
+    passes: PositiveInt = Field(1, description="passes over the manifest, each in another order")
+    samples: PositiveInt | None = Field(None, description="samples in one pass, where the producer knows")
+    window: PositiveInt = Field(128, description="samples that are permuted together in a lane")
+    columns: PositiveInt | None = Field(
+        None, description="V, columns of the lane grid; divides training.batch"
+    )
+    rows: PositiveInt | None = Field(None, description="R, rows of the lane grid; a multiple of the workers")
+    skip_ratio: Ratio = Field(0.01, description="share of samples that may be quarantined")
+    skip_probation: NonNegativeInt = Field(1000, description="samples before the share is looked at")
+
+
+class StorageSection(Section):
+    """How object storage is reached. Credentials come by the usual AWS chain, never from here."""
+
+    endpoint_url: str | None = Field(None, description="S3 endpoint other than AWS (MinIO, Ceph, rclone)")
+    region: str | None = Field(None, description="region; by default the AWS chain's")
+    path_style: bool | None = Field(None, description="bucket in the path; by default with an endpoint_url")
+    anonymous: bool = Field(False, description="do not sign requests (public buckets)")
+    ca_bundle: str | None = Field(None, description="file of certificate authorities for the endpoint")
+    block_bytes: PositiveInt = Field(4 << 20, description="bytes of one ranged read")
+    deadline_seconds: Positive = Field(300.0, description="how long transient failures are retried")
+    timeout_seconds: Positive = Field(30.0, description="connect and read timeout of one request")
+
+
+class LoaderSection(Section):
+    """The processes that read, decode and crop."""
+
+    workers: NonNegativeInt | None = Field(None, description="loader processes a rank; 0 works in the rank")
+    prefetch: PositiveInt = Field(2, description="batches ahead, a worker")
+    read_ahead: PositiveInt = Field(2, description="blocks ahead, a shard")
+
+
+class CropsSection(Section):
+    """Multi-crop (paper, section 3.2 and appendix A.2). One entry a resolution in each of the lists."""
+
+    sizes: list[PositiveInt] = Field([224, 96], description="edge of the crops in pixels, a resolution")
+    counts: list[PositiveInt] = Field([2, 6], description="crops an image, a resolution")
+    scales: list[tuple[Positive, Ratio]] = Field(
+        [(0.14, 1.0), (0.05, 0.14)], description="share of the image's area, smallest and largest"
+    )
+    aspect: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="width over height of a box")
+    flip: Ratio = Field(0.5, description="probability of a horizontal flip")
+    jitter: Ratio = Field(0.8, description="probability of colour jitter")
+    brightness: float = Field(0.8, ge=0, description="strength of the brightness jitter")
+    contrast: float = Field(0.8, ge=0, description="strength of the contrast jitter")
+    saturation: float = Field(0.8, ge=0, description="strength of the saturation jitter")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.2, description="strength of the hue jitter")
+    grayscale: Ratio = Field(0.2, description="probability of grayscale")
+    blur: Ratio = Field(0.5, description="probability of Gaussian blur")
+    blur_sigma: tuple[Positive, Positive] = Field((0.1, 2.0), description="standard deviation in pixels")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="normalisation, of 0 to 1")
+    std: tuple[Positive, Positive, Positive] = Field((0.228, 0.224, 0.225), description="normalisation")
+    max_pixels: PositiveInt = Field(178_956_970, description="larger images are quarantined undecoded")
+    exif_orientation: bool = Field(False, description="turn images by their EXIF orientation")
+
+
+class ModelSection(Section):
+    """Trunk, projection head and prototypes' dimension."""
+
+    trunk: str = Field(
+        "resnet50", description="resnet18 to resnet152, resnext50_32x4d, resnext101_32x8d, ..."
+    )
+    width: Positive = Field(1.0, description="multiplies every stage (w2, w4, w5 of the paper: 2, 4, 5)")
+    stem: Literal["imagenet", "small"] = Field("imagenet", description="small: 3x3, stride 1, no max-pooling")
+    head_hidden: NonNegativeInt = Field(2048, description="hidden width of the projection head; 0: one layer")
+    head_batch_norm: bool = Field(True, description="BatchNorm inside the projection head")
+    embedding: PositiveInt = Field(128, description="D, dimension of the embeddings")
+
+
+class SwavSection(Section):
+    """The objective (paper, section 3.1)."""
+
+    prototypes: Annotated[int, Field(ge=2)] | None = Field(None, description="K")
+    epsilon: Annotated[float, Field(ge=0.001)] | None = Field(None, description="Sinkhorn's regularisation")
+    iterations: NonNegativeInt | None = Field(None, description="Sinkhorn's iterations")
+    temperature: Positive = Field(0.1, description="of the softmax over prototypes")
+    assigned_crops: list[NonNegativeInt] = Field([0, 1], description="crops whose codes are predicted")
+    hard_codes: bool = Field(False, description="round codes to the best prototype (paper, appendix C.3)")
+    learn_prototypes: bool = Field(True, description="false: random prototypes stay (paper, appendix C.2)")
+    freeze_prototypes_images: NonNegativeInt | None = Field(None, description="prototypes stay until then")
+    queue_length: NonNegativeInt | None = Field(None, description="past embeddings an assigned crop; 0: none")
+    queue_start_images: NonNegativeInt | None = Field(None, description="the queue is used from then on")
+
+
+class OptimizerSection(Section):
+    """Optimizer and schedule. Everything counts images; a stream has no epochs."""
+
+    name: Literal["lars", "sgd", "adamw"] = Field("lars", description="optimizer")
+    rate: Positive | None = Field(None, description="base learning rate")
+    start_rate: float | None = Field(None, ge=0, description="learning rate at the start of the warm-up")
+    final_rate: float | None = Field(None, ge=0, description="learning rate at the end of the cosine")
+    weight_decay: float = Field(1e-6, ge=0, description="L2 penalty (AdamW: decoupled)")
+    momentum: Ratio = Field(0.9, description="of LARS and SGD")
+    betas: tuple[Ratio, Ratio] = Field((0.9, 0.999), description="of AdamW")
+    trust: Positive = Field(0.001, description="LARS' trust coefficient")
+    warmup_images: NonNegativeInt | None = Field(None, description="images of linear warm-up")
+    schedule: Literal["cosine", "constant"] | None = Field(None, description="after the warm-up")
+    cooldown_images: NonNegativeInt = Field(
+        0, description="last images, over which a constant rate falls to final_rate"
+    )
+
+
+class TrainingSection(Section):
+    """The loop and what it runs on."""
+
+    batch: PositiveInt | None = Field(None, description="G, images a step over all ranks")
+    images: PositiveInt | None = Field(None, description="stop after so many images (default: all passes)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model lives")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="autocast type")
+    deterministic: bool = Field(False, description="deterministic kernels on a GPU (slower)")
+    sync_batch_norm: NonNegativeInt | None = Field(
+        None, description="ranks that share batch statistics; 1: none, 0: all"
+    )
+    topology_invariant: bool = Field(False, description="whole-batch statistics on any number of ranks")
+    threads: NonNegativeInt = Field(0, description="CPU threads of a rank; 0: the cores divided by the ranks")
+
+
+class CheckpointSection(Section):
+    """When the run is saved, and what is kept."""
+
+    minutes: Positive | None = Field(10.0, description="between checkpoints")
+    images: PositiveInt | None = Field(None, description="between checkpoints, beside the minutes")
+    keep: PositiveInt = Field(3, description="newest checkpoints that are kept")
+    keep_every_images: PositiveInt | None = Field(None, description="one in so many images is kept for good")
+
+
+class TelemetrySection(Section):
+    """Logs and metrics."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(9404, description="of /metrics; 0: none")
+    bind: str = Field("0.0.0.0", description="address of /metrics")  # noqa: S104 - scraped from outside the pod
+    log_seconds: Positive = Field(10.0, description="between log lines")
+
+
+class Config(Section):
+    """The whole configuration of a pretraining run."""
+
+    run: RunSection = RunSection()
+    stream: StreamSection = StreamSection()
+    storage: StorageSection = StorageSection()
+    loader: LoaderSection = LoaderSection()
+    crops: CropsSection = CropsSection()
+    model: ModelSection = ModelSection()
+    swav: SwavSection = SwavSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    telemetry: TelemetrySection = TelemetrySection()
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return every dotted key of the configuration, in order."""
+    found = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += keys(inner, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def load_config(
+    file: Path | None = None,
+    environment: Mapping[str, str] = types.MappingProxyType({}),
+    arguments: Sequence[str] = (),
+) -> Config:
+    """Merge file, environment and `--section.key value` arguments, later ones winning.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, an impossible combination.
+    """
+    merged = _read_yaml(file) if file else {}
+    for key, text in _environment_items(environment):
+        _assign(merged, key, _parse(text))
+    for key, text in _argument_items(arguments):
+        _assign(merged, key, _parse(text))
+    return parse_config(merged)
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Validate a nested mapping.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error) from None
+    check_combinations(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Return the configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse what cannot work together, naming the key to change.
+
+    Raises:
+        ConfigError: the first impossible combination found.
+    """
+    _check_crops(config.crops)
+    _check_objective(config)
+    _check_grid(config)
+
+
+def _check_crops(crops: CropsSection) -> None:
+    if not crops.sizes:
+        raise ConfigError("crops.sizes", "at least one resolution is needed", value=crops.sizes)
+    for name in ("counts", "scales"):
+        if len(getattr(crops, name)) != len(crops.sizes):
+            reason = f"needs one entry for each of the {len(crops.sizes)} crops.sizes"
+            raise ConfigError(f"crops.{name}", reason, value=getattr(crops, name))
+    ranges = [("aspect", crops.aspect), ("blur_sigma", crops.blur_sigma)]
+    for name, (low, high) in [*ranges, *(("scales", scale) for scale in crops.scales)]:
+        if low > high:
+            raise ConfigError(f"crops.{name}", "the first number must not be the larger", value=[low, high])
+    if sum(crops.counts) < 2:
+        raise ConfigError("crops.counts", "swapped prediction needs at least two crops", value=crops.counts)
+
+
+def _check_objective(config: Config) -> None:
+    swav, batch, total = config.swav, config.training.batch, sum(config.crops.counts)
+    if not swav.assigned_crops or len(set(swav.assigned_crops)) != len(swav.assigned_crops):
+        raise ConfigError("swav.assigned_crops", "name each assigned crop once", value=swav.assigned_crops)
+    if max(swav.assigned_crops) >= total:
+        reason = f"there are only {total} crops (0 to {total - 1})"
+        raise ConfigError("swav.assigned_crops", reason, value=swav.assigned_crops)
+    if batch and swav.queue_length and swav.queue_length < batch:
+        reason = f"shorter than the global batch ({batch}): the queue would be empty; 0 means no queue"
+        raise ConfigError("swav.queue_length", reason, value=swav.queue_length)
+
+
+def _check_grid(config: Config) -> None:
+    columns, rows = config.stream.columns, config.stream.rows
+    batch, workers = config.training.batch, config.loader.workers
+    if batch and columns and batch % columns:
+        raise ConfigError("stream.columns", f"must divide training.batch ({batch})", value=columns)
+    if rows and workers and rows % workers:
+        raise ConfigError("stream.rows", f"must be a multiple of loader.workers ({workers})", value=rows)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError("--config", "there is no such file", value=str(file)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--config", f"cannot be read ({error})", value=str(file)) from None
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ConfigError("--config", f"is not YAML: {where}", value=str(file)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            "--config", "must hold sections, as `stream:`, with keys below them", value=str(file)
+        )
+    return values
+
+
+def _environment_items(environment: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Only names with a double underscore are keys; `STREAMSWAV_HOME` and the like are others' business."""
+    for name, text in sorted(environment.items()):
+        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
+            yield name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."), text
+
+
+def _argument_items(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
+    rest = list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--") or "." not in name:
+            raise ConfigError(name, "is not understood; keys are given as --section.key value")
+        key, equals, text = name.removeprefix("--").partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(key, "has no value; keys are given as --section.key value")
+            text = rest.pop(0)
+        yield key.replace("-", "_"), text
+
+
+def _parse(text: str) -> Any:
+    """Read a value as YAML, so that lists, numbers and null can be written; any other text is itself."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(section, "is a section, not a value", value=inner)
+        values = inner
+    # A single text where a list is wanted is a list of one: `--stream.urls s3://bucket/shards/`.
+    if key in _LIST_KEYS and isinstance(value, str):
+        value = [value]
+    values[last] = value
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+    if first["type"] == "extra_forbidden":
+        return ConfigError(key, "there is no such key", value=first["input"], nearest=_nearest(key))
+    return ConfigError(key, first["msg"].removeprefix("Value error, "), value=first["input"])
+
+
+def _nearest(key: str) -> str | None:
+    """The valid key that is closest: by the whole name first, then by the last part alone."""
+    known = [*keys(), *Config.model_fields]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    last = key.rpartition(".")[2]
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
+    return by_last[close[0]] if close else None
+
+
+def _list_keys() -> frozenset[str]:
+    found = set()
+    for key in keys():
+        section, name = key.split(".")
+        model = typing.cast("type[BaseModel]", Config.model_fields[section].annotation)
+        if typing.get_origin(model.model_fields[name].annotation) is list:
+            found.add(key)
+    return frozenset(found)
+
+
+_LIST_KEYS = _list_keys()

@@ -1,0 +1,1 @@
+"""Trunks, the projection head and the prototypes."""

@@ -1,0 +1,1 @@
+"""The objective: Sinkhorn codes, swapped prediction, the feature queue."""
