@@ -23,6 +23,8 @@ Each carries its evidence as attributes, and its message is one line that a pers
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_RETRY = 75
@@ -33,6 +35,17 @@ class StreamswavError(Exception):
     """Base of all errors that streamswav raises on purpose."""
 
     exit_code = EXIT_FAILED
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Cross process borders whole: loader workers hand their errors to the rank."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[StreamswavError], args: tuple[Any, ...], evidence: dict[str, Any]) -> StreamswavError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(evidence)
+    return error
 
 
 class ConfigError(StreamswavError):

@@ -1,0 +1,165 @@
+"""The manifest: which shards there are, listed once, sorted, with an identity that survives a move.
+
+A shard is identified by the hash of its key (its path below the common root of all URLs) and its size; the
+version tag (ETag, else Last-Modified or mtime) is kept beside it and compared on every read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import braceexpand
+
+from streamswav.errors import ManifestError, NotFoundError, StorageError
+from streamswav.stream.store import ObjectInfo, Store, join, redact
+
+STATS_FILE = "_stats.json"
+
+_GLOB_CHARACTERS = frozenset("*?[")
+_HEAD_REQUESTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar. `key` is its path below the manifest's root, `size` is in bytes."""
+
+    key: str
+    url: str
+    size: int
+    version: str
+
+    @property
+    def digest(self) -> int:
+        """64 bits that identify the shard wherever it lies."""
+        text = f"{self.key}\0{self.size}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of a run, sorted by key.
+
+    Attributes:
+        shards: every shard once.
+        samples: number of samples where the producers' `_stats.json` files tell it for all shards.
+    """
+
+    shards: tuple[Shard, ...]
+    samples: int | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash over keys and sizes, in order."""
+        whole = hashlib.blake2b(digest_size=16)
+        for shard in self.shards:
+            whole.update(f"{shard.key}\0{shard.size}\n".encode())
+        return whole.hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data that `from_json` reads."""
+        rows = [[shard.key, redact(shard.url), shard.size, shard.version] for shard in self.shards]
+        return {"digest": self.digest, "samples": self.samples, "shards": rows}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Manifest:
+        """Read what `to_json` gave."""
+        return Manifest(tuple(Shard(*row) for row in values["shards"]), values["samples"])
+
+
+def list_manifest(urls: Sequence[str], store: Store) -> Manifest:
+    """List the shards behind `urls`, once.
+
+    Args:
+        urls: prefixes (all `.tar` objects below), globs, brace patterns (`{000..123}`), single tars, or
+            `@FILE`: a local or remote file with one of these a line.
+        store: where to look.
+
+    Raises:
+        ManifestError: nothing was found, or one shard twice.
+        StorageError: a location that cannot be listed.
+    """
+    found: list[ObjectInfo] = []
+    for url in _expand_lists(urls, store):
+        objects = list(_list_url(url, store))
+        if not objects:
+            raise ManifestError(f"{redact(url)}: no .tar objects there; check the prefix and its spelling")
+        found += objects
+    root = _common_root([info.url for info in found])
+    shards = sorted(
+        (Shard(info.url[len(root) :], info.url, info.size, info.version) for info in found), key=_key
+    )
+    for one, other in itertools.pairwise(shards):
+        if one.key == other.key:
+            raise ManifestError(f"{redact(one.url)}: named twice by stream.urls; make the patterns disjoint")
+    return Manifest(tuple(shards), _count_samples(shards, store))
+
+
+def _key(shard: Shard) -> str:
+    return shard.key
+
+
+def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
+    for url in urls:
+        if url.startswith("@"):
+            lines = store.read(url[1:]).decode().splitlines()
+            yield from (line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        else:
+            yield url
+
+
+def _list_url(url: str, store: Store) -> Iterator[ObjectInfo]:
+    expanded = list(braceexpand.braceexpand(url)) if "{" in url else [url]
+    single = [each for each in expanded if each.endswith(".tar") and not _GLOB_CHARACTERS & set(each)]
+    if len(single) == len(expanded):
+        with ThreadPoolExecutor(_HEAD_REQUESTS_AT_ONCE) as pool:
+            yield from pool.map(store.info, single)
+        return
+    for each in expanded:
+        objects = store.glob(each) if _GLOB_CHARACTERS & set(each) else store.list(each)
+        yield from (info for info in objects if info.url.endswith(".tar"))
+
+
+def _common_root(urls: Sequence[str]) -> str:
+    folders = [posixpath.dirname(url) for url in urls]
+    root = posixpath.commonprefix(folders)
+    if any(folder != root and not folder.startswith(root + "/") for folder in folders):
+        root = posixpath.dirname(root)
+    return root.rstrip("/") + "/" if root else ""
+
+
+def _count_samples(shards: Sequence[Shard], store: Store) -> int | None:
+    """Add up the producers' counts; None unless they cover every shard."""
+    total = 0
+    for folder in sorted({posixpath.dirname(shard.url) for shard in shards}):
+        counts = _read_counts(folder, store)
+        for shard in shards:
+            if posixpath.dirname(shard.url) == folder:
+                count = counts.get(posixpath.basename(shard.url))
+                if count is None:
+                    return None
+                total += count
+    return total
+
+
+def _read_counts(folder: str, store: Store) -> dict[str, int]:
+    """Samples by shard name, from `_stats.json`; empty where there is none that can be understood."""
+    try:
+        stats = json.loads(store.read(join(folder, STATS_FILE)))
+        return {name: int(entry["samples"]) for name, entry in stats["shards"].items()}
+    except NotFoundError:
+        return {}
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

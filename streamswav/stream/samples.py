@@ -1,0 +1,231 @@
+"""Reading a lane: shards become samples, in the plan's order, each with the cursor that follows it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from streamswav.stream.manifest import Manifest, Shard
+from streamswav.stream.plan import Cursor, Piece, Plan
+from streamswav.stream.store import Store
+from streamswav.stream.tar import Damage, TarSample, read_samples
+
+
+@dataclass(frozen=True, slots=True)
+class SampleId:
+    """What identifies a sample: its shard (index in the manifest), the pass, and its number in the shard."""
+
+    shard: int
+    turn: int
+    ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of the stream.
+
+    Attributes:
+        id: its identity.
+        key: its name in the tar (path up to the first dot of the file name).
+        members: bytes by extension (`jpg`, `cls`, `json`).
+        image: bytes of the image, or None where the sample has none.
+        start: first byte in the shard.
+        stop: the byte after the last.
+        lane: lane that gave it.
+        cursor: where the lane is once this sample is consumed.
+    """
+
+    id: SampleId
+    key: str
+    members: dict[str, bytes]
+    image: bytes | None
+    start: int
+    stop: int
+    lane: int
+    cursor: Cursor
+
+    @property
+    def label(self) -> int | str | None:
+        """Content of the `.cls` member, a number where it is one, or None."""
+        text = self.members.get("cls")
+        if text is None:
+            return None
+        stripped = text.decode("utf-8", "replace").strip()
+        return int(stripped) if stripped.lstrip("-").isdigit() else stripped
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Bytes that are not trained, and why.
+
+    Attributes:
+        shard: index in the manifest.
+        turn: the pass.
+        reason: short label (`truncated`, `no_image`).
+        start: first byte.
+        stop: the byte after the last.
+        key: the sample's key, or "" for damage.
+        ordinal: the sample's number in the shard, or None for damage.
+    """
+
+    shard: int
+    turn: int
+    reason: str
+    start: int
+    stop: int
+    key: str = ""
+    ordinal: int | None = None
+
+
+class ShardReader:
+    """Opens shards at an offset, with a few ranged reads in flight.
+
+    Built in the process that reads; `fetch_seconds` and `parse_seconds` tell where its time went.
+    """
+
+    def __init__(self, manifest: Manifest, store: Store, *, block_bytes: int, read_ahead: int) -> None:
+        self._manifest, self._store = manifest, store
+        self._block_bytes, self._read_ahead = block_bytes, read_ahead
+        self._pool: ThreadPoolExecutor | None = None
+        self.fetch_seconds = 0.0
+        self.fetched_bytes = 0
+        self.opened_shards = 0
+
+    def open(self, piece: Piece) -> Iterator[TarSample | Damage]:
+        """Yield samples and damages of the piece's shard, from the piece's offset on.
+
+        Raises:
+            StorageError: the shard is missing, changed, or out of reach until the deadline.
+        """
+        shard = self._manifest.shards[piece.shard]
+        self.opened_shards += 1
+        blocks = self._blocks(shard, piece.offset)
+        return read_samples(blocks, size=shard.size, start=piece.offset, ordinal=piece.ordinal)
+
+    def _blocks(self, shard: Shard, start: int) -> Iterator[bytes]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._read_ahead, thread_name_prefix="read-ahead")
+        waiting: deque[Future[bytes]] = deque()
+        offsets = iter(range(start, shard.size, self._block_bytes))
+        while True:
+            while len(waiting) < self._read_ahead and (offset := next(offsets, None)) is not None:
+                waiting.append(self._pool.submit(self._read, shard, offset))
+            if not waiting:
+                return
+            began = time.perf_counter()
+            block = waiting.popleft().result()
+            self.fetch_seconds += time.perf_counter() - began
+            self.fetched_bytes += len(block)
+            yield block
+
+    def _read(self, shard: Shard, offset: int) -> bytes:
+        stop = min(offset + self._block_bytes, shard.size)
+        return self._store.read_range(shard.url, offset, stop, version=shard.version)
+
+
+OpenPiece = Callable[[Piece], Iterator[TarSample | Damage]]
+
+
+class LaneReader:
+    """Iterates over the samples of one lane of a plan, from a cursor on.
+
+    Within a window the samples come in the plan's order. A window is read as a whole before its first sample
+    is given; after a restart it is read again, and what was consumed is passed over.
+
+    Attributes:
+        cursor: where the lane is after the samples given so far.
+        damages: stretches that could not be parsed, since `take_damages` was called last.
+    """
+
+    def __init__(self, plan: Plan, lane: int, open_piece: OpenPiece, cursor: Cursor | None = None) -> None:
+        self._plan, self._lane, self._open = plan, lane, open_piece
+        self.cursor = cursor or plan.start(lane)
+        self._pieces = plan.lanes[lane]
+        self._walk = self._walk_from(self.cursor)
+        self._ready: deque[Sample] = deque()
+        self._damages: list[Quarantined] = []
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self
+
+    def __next__(self) -> Sample:
+        if not self._ready:
+            self._fill()
+        sample = self._ready.popleft()
+        self.cursor = sample.cursor
+        return sample
+
+    def take_damages(self) -> list[Quarantined]:
+        """Return the damages met since the last call; each is met once, with the window that spans it."""
+        damages, self._damages = self._damages, []
+        return damages
+
+    def _fill(self) -> None:
+        """Read the current window.
+
+        Raises:
+            StopIteration: the lane is at its end.
+        """
+        window: list[tuple[int, TarSample]] = []
+        resumed = bool(self.cursor.done)
+        for segment, item in self._walk:
+            if isinstance(item, TarSample):
+                window.append((segment, item))
+                if len(window) == self._plan.grid.window:
+                    break
+            elif not resumed:
+                self._damages.append(self._quarantine(segment, item))
+        order = self._plan.window_order(self._lane, self.cursor.window, len(window))
+        self._ready.extend(self._in_order(window, order[self.cursor.emitted :]))
+        if not self._ready:
+            raise StopIteration
+
+    def _in_order(self, window: list[tuple[int, TarSample]], order: list[int]) -> Iterator[Sample]:
+        """Yield the window's samples with the cursor after each; after the last, the next window starts."""
+        cursor = self.cursor
+        for place, index in enumerate(order, 1):
+            segment, item = window[index]
+            if place == len(order):
+                last_segment, last = window[-1]
+                cursor = Cursor(last_segment, last.stop, last.ordinal + 1, self.cursor.window + 1)
+            else:
+                cursor = replace(cursor, done=self._mark(cursor, segment, item.ordinal))
+            piece = self._pieces[segment]
+            identity = SampleId(piece.shard, piece.turn, item.ordinal)
+            yield Sample(
+                identity, item.key, item.members, item.image, item.start, item.stop, self._lane, cursor
+            )
+
+    def _mark(self, cursor: Cursor, segment: int, ordinal: int) -> tuple[tuple[int, int], ...]:
+        base = cursor.ordinal if segment == cursor.segment else self._pieces[segment].ordinal
+        done = dict(cursor.done)
+        done[segment] = done.get(segment, 0) | 1 << (ordinal - base)
+        return tuple(sorted(done.items()))
+
+    def _walk_from(self, cursor: Cursor) -> Iterator[tuple[int, TarSample | Damage]]:
+        """Yield what the lane owns, piece by piece: samples that are wanted, damages ahead of them."""
+        for segment in range(cursor.segment, len(self._pieces)):
+            piece = self._pieces[segment]
+            begun = piece
+            if segment == cursor.segment:
+                begun = replace(piece, offset=cursor.offset, ordinal=cursor.ordinal)
+            ordinal = begun.ordinal
+            if piece.exhausted_at(ordinal):
+                continue
+            for item in self._open(begun):
+                if isinstance(item, TarSample):
+                    if piece.wants(item.ordinal):
+                        yield segment, item
+                    ordinal = item.ordinal + 1
+                    if piece.exhausted_at(ordinal):
+                        break
+                elif ordinal % piece.stride == piece.residue:
+                    # Lanes that stride one shard all meet its damages; the next sample's lane reports them.
+                    yield segment, item
+
+    def _quarantine(self, segment: int, damage: Damage) -> Quarantined:
+        piece = self._pieces[segment]
+        return Quarantined(piece.shard, piece.turn, damage.reason, damage.start, damage.stop)
