@@ -1,0 +1,113 @@
+"""Objects that are plain files. Whatever is written appears whole, by a rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from streamswav.errors import ChangedError, DeniedError, NotFoundError, UnavailableError
+from streamswav.stream.urls import ObjectInfo, join
+
+ASIDE = ".partial"
+
+
+class LocalFiles:
+    """Paths and file:// URLs."""
+
+    def walk(self, folder: str, stem: str = "") -> Iterator[ObjectInfo]:
+        """Yield the files below a folder whose relative path begins with `stem`."""
+        root = path_of(folder)
+        with _reading(folder):
+            os.stat(root / ".")  # noqa: PTH116 - pathlib drops the dot that makes a file an error
+            for parent, _, names in os.walk(root, onerror=_raise, followlinks=True):
+                for name in names:
+                    file = Path(parent, name)
+                    relative = file.relative_to(root).as_posix()
+                    if relative.startswith(stem) and not name.endswith(ASIDE):
+                        yield _info(join(folder, relative), file.stat())
+
+    def info(self, url: str) -> ObjectInfo:
+        """Return size and version of a file."""
+        with _reading(url), _opened(url) as file:
+            return _info(url, os.fstat(file.fileno()))
+
+    def read(self, url: str, start: int, stop: int | None, version: str | None) -> bytes:
+        """Return bytes [start, stop) of a file; `None` means its end."""
+        with _reading(url), _opened(url) as file:
+            now = _info(url, os.fstat(file.fileno()))
+            if version is not None and version != now.version:
+                raise ChangedError(url, "the file was written again since it was listed")
+            stop = now.size if stop is None else stop
+            file.seek(start)
+            data = file.read(stop - start)
+        if len(data) != stop - start:
+            raise ChangedError(url, f"ends at byte {now.size}, where {stop} were expected")
+        return data
+
+    def write(self, url: str, source: BinaryIO, size: int) -> None:  # noqa: ARG002 - as its remote kin
+        """Copy a stream to a file: aside, to the disk, then under its name."""
+        path = path_of(url)
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{ASIDE}")
+        with _writing(url):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with aside.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                    file.flush()
+                    os.fsync(file.fileno())
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
+
+    def delete(self, url: str) -> None:
+        """Remove a file, or a folder with all it holds; nothing there is fine."""
+        path = path_of(url)
+        with _writing(url):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def path_of(url: str) -> Path:
+    """Return the path of a local URL."""
+    return Path(url.removeprefix("file://"))
+
+
+def _info(url: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(url, status.st_size, str(status.st_mtime_ns))
+
+
+def _opened(url: str) -> BinaryIO:
+    return path_of(url).open("rb")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    try:
+        yield
+    except IsADirectoryError:
+        raise NotFoundError(url, "is a folder, not a file") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(url, "there is no such file or folder") from None
+    except PermissionError:
+        raise DeniedError(url, "no permission to read") from None
+    except OSError as error:
+        raise UnavailableError(url, f"cannot be read ({error.strerror})") from None
+
+
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DeniedError(url, f"cannot be written ({error.strerror})") from None
