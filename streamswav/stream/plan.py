@@ -227,7 +227,7 @@ def split_pieces(
     Returns:
         The pieces and the bytes left in each.
     """
-    sizes = [_bytes_left(piece, shard_sizes) for piece in pieces]
+    sizes = [bytes_left(piece, shard_sizes) for piece in pieces]
     if len(pieces) >= per_lane * lanes:
         return list(pieces), sizes
     target = max(1, sum(sizes) // (per_lane * lanes))
@@ -304,7 +304,8 @@ def _name_only(samples: Sequence[tuple[Piece, int]]) -> tuple[Piece, ...]:
     return tuple(replace(piece, done=~bits) for piece, bits in wanted.items())
 
 
-def _bytes_left(piece: Piece, shard_sizes: Sequence[int]) -> int:
+def bytes_left(piece: Piece, shard_sizes: Sequence[int]) -> int:
+    """Return about how many bytes of its shard the piece still stands for."""
     return (shard_sizes[piece.shard] - piece.offset) // piece.stride
 
 

@@ -56,19 +56,21 @@ class Position:
         """
         if self.manifest != manifest.digest:
             raise PositionError(
-                f"the run's position belongs to manifest {self.manifest}, these shards are {manifest.digest}: "
-                "stream.urls lead elsewhere, or shards changed; use another run.directory for them"
+                f"the run's position belongs to manifest {self.manifest}, these shards are {manifest.digest}:"
+                " stream.urls lead elsewhere, or shards changed; use another run.directory for them"
             )
         if self.lanes is not None:
             return Plan(self.grid, self.seed, self.turn, self.generation, self.lanes)
         sizes = [shard.size for shard in manifest.shards]
         return first_deal(sizes, self.carried, grid=self.grid, seed=self.seed, turn=self.turn)
 
-    def advance(self, cursors: Mapping[int, Cursor], *, samples: int, sample_bytes: int) -> Position:
-        """Return the position after one more batch of this generation."""
+    def advance(
+        self, cursors: Mapping[int, Cursor], *, batches: int, samples: int, sample_bytes: int
+    ) -> Position:
+        """Return the position after `batches` more batches of this generation."""
         return replace(
             self,
-            batches=self.batches + 1,
+            batches=self.batches + batches,
             cursors={**self.cursors, **cursors},
             trained=self.trained + samples,
             trained_bytes=self.trained_bytes + sample_bytes,

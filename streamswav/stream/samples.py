@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,8 @@ from streamswav.stream.manifest import Manifest, Shard
 from streamswav.stream.plan import Cursor, Piece, Plan
 from streamswav.stream.store import Store
 from streamswav.stream.tar import Damage, TarSample, read_samples
+
+NAMED_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,10 @@ class ShardReader:
         self.fetch_seconds = 0.0
         self.fetched_bytes = 0
         self.opened_shards = 0
+
+    def digest(self, shard: int) -> int:
+        """Return the shard's identity, 64 bits."""
+        return self._manifest.shards[shard].digest
 
     def open(self, piece: Piece) -> Iterator[TarSample | Damage]:
         """Yield samples and damages of the piece's shard, from the piece's offset on.
@@ -229,3 +235,36 @@ class LaneReader:
     def _quarantine(self, segment: int, damage: Damage) -> Quarantined:
         piece = self._pieces[segment]
         return Quarantined(piece.shard, piece.turn, damage.reason, damage.start, damage.stop)
+
+
+def name_samples(pieces: Sequence[Piece], open_piece: OpenPiece) -> tuple[list[Piece], list[Quarantined]]:
+    """Read the headers of what is left, so that every sample is known by its ordinal.
+
+    Returns:
+        Pieces of at most `NAMED_SAMPLES` samples that name what they hold, and the damages met.
+    """
+    named = [piece for piece in pieces if piece.named() is not None]
+    damages: list[Quarantined] = []
+    unread: dict[tuple[int, int], list[Piece]] = {}
+    for piece in pieces:
+        if piece.named() is None:
+            unread.setdefault((piece.shard, piece.turn), []).append(piece)
+    for (shard, turn), group in unread.items():
+        run: list[TarSample] = []
+        for item in open_piece(min(group, key=lambda piece: piece.offset)):
+            if isinstance(item, Damage):
+                damages.append(Quarantined(shard, turn, item.reason, item.start, item.stop))
+            elif any(piece.ordinal <= item.ordinal and piece.wants(item.ordinal) for piece in group):
+                run.append(replace(item, members={}))
+            if len(run) == NAMED_SAMPLES:
+                named.append(_name_run(shard, turn, run))
+                run = []
+        if run:
+            named.append(_name_run(shard, turn, run))
+    return named, damages
+
+
+def _name_run(shard: int, turn: int, run: Sequence[TarSample]) -> Piece:
+    first = run[0]
+    bits = sum(1 << (sample.ordinal - first.ordinal) for sample in run)
+    return Piece(shard, turn, first.start, first.ordinal, done=~bits)

@@ -1,0 +1,189 @@
+"""Stream x crops -> batches: what a loader process does, and how its batches reach the rank in order."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from multiprocessing.context import ForkServerContext
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from streamswav.crops import Crops, MultiCrop, collate
+from streamswav.errors import DecodeError, StreamswavError
+from streamswav.stream.plan import Cursor, Plan
+from streamswav.stream.samples import LaneReader, Quarantined, Sample, SampleId, ShardReader
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch.
+
+    Attributes:
+        number: t, the batch's number in its generation.
+        pixels: a tensor for each resolution, uint8 [crops, B, S, S, 3].
+        parameters: of the augmentation, float32 [all crops, B, P], on the CPU.
+        ids: B identities.
+        keys: B names, for people.
+        cursors: where the lanes are after this batch.
+        sample_bytes: bytes of the samples in their shards.
+        quarantined: what was passed over on the way.
+        seconds: time spent by stage (fetch, parse, decode, collate).
+    """
+
+    number: int
+    pixels: tuple[torch.Tensor, ...]
+    parameters: torch.Tensor
+    ids: tuple[SampleId, ...]
+    keys: tuple[str, ...]
+    cursors: Mapping[int, Cursor]
+    sample_bytes: int
+    quarantined: tuple[Quarantined, ...]
+    seconds: Mapping[str, float]
+
+    def pin_memory(self) -> Batch:
+        """Copy the pixels to page-locked memory; the DataLoader calls this."""
+        return replace(self, pixels=tuple(each.pin_memory() for each in self.pixels))
+
+
+@dataclass(frozen=True)
+class Exhausted:
+    """A lane could not fill its share of batch `number`: this generation is over."""
+
+    number: int
+    quarantined: tuple[Quarantined, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A loader process met an error that no retry mends."""
+
+    error: StreamswavError
+
+
+@dataclass(frozen=True)
+class LaneBatches(IterableDataset[Batch | Exhausted | Failed]):
+    """The batches that a rank takes from a plan, dealt over its loader processes.
+
+    Worker w of K gives the batches t = first + w (mod K), so that the DataLoader's round robin restores the
+    order. An undecodable sample is replaced by the next one of its lane.
+
+    Attributes:
+        plan: what is read.
+        cursors: where its lanes are; a lane that is missing starts at its beginning.
+        first: number of the first batch.
+        columns: of the grid, those that belong to this rank.
+        reader: opens shards.
+        crop: makes crops.
+    """
+
+    plan: Plan
+    cursors: Mapping[int, Cursor]
+    first: int
+    columns: range
+    reader: ShardReader
+    crop: MultiCrop
+    _lanes: dict[int, LaneReader] = field(default_factory=dict, repr=False)
+
+    def __iter__(self) -> Iterator[Batch | Exhausted | Failed]:
+        worker = get_worker_info()
+        mine, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        try:
+            for number in itertools.count(self.first + mine, step):
+                item = self._assemble(number)
+                yield item
+                if isinstance(item, Exhausted):
+                    return
+        except StreamswavError as error:
+            yield Failed(error)
+
+    def _assemble(self, number: int) -> Batch | Exhausted:
+        """Fill every column's share of one batch."""
+        began, fetched, decoding = time.perf_counter(), self.reader.fetch_seconds, 0.0
+        taken: list[Sample] = []
+        crops: list[Crops] = []
+        passed: list[Quarantined] = []
+        lanes = [self.plan.grid.lane(number % self.plan.grid.rows, column) for column in self.columns]
+        for lane in lanes:
+            reader = self._lane(lane)
+            want = len(taken) + self.plan.grid.share
+            while len(taken) < want and (sample := next(reader, None)) is not None:
+                started = time.perf_counter()
+                try:
+                    crops.append(self._crop(sample))
+                    taken.append(sample)
+                except DecodeError as error:
+                    passed.append(_quarantine(sample, error.reason))
+                decoding += time.perf_counter() - started
+            passed += reader.take_damages()
+            if len(taken) < want:
+                return Exhausted(number, tuple(passed))
+        started = time.perf_counter()
+        pixels, parameters = collate(crops)
+        now, fetching = time.perf_counter(), self.reader.fetch_seconds - fetched
+        parsing = started - began - decoding - fetching
+        return Batch(
+            number=number,
+            pixels=pixels,
+            parameters=parameters,
+            ids=tuple(sample.id for sample in taken),
+            keys=tuple(sample.key for sample in taken),
+            cursors={lane: self._lane(lane).cursor for lane in lanes},
+            sample_bytes=sum(sample.stop - sample.start for sample in taken),
+            quarantined=tuple(passed),
+            seconds={"fetch": fetching, "parse": parsing, "decode": decoding, "collate": now - started},
+        )
+
+    def _lane(self, lane: int) -> LaneReader:
+        """Lanes open when their row comes first."""
+        if lane not in self._lanes:
+            self._lanes[lane] = LaneReader(self.plan, lane, self.reader.open, self.cursors.get(lane))
+        return self._lanes[lane]
+
+    def _crop(self, sample: Sample) -> Crops:
+        if sample.image is None:
+            raise DecodeError("no_image", sample.key)
+        shard = self.reader.digest(sample.id.shard)
+        return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
+
+
+def _quarantine(sample: Sample, reason: str) -> Quarantined:
+    identity = sample.id
+    return Quarantined(
+        identity.shard, identity.turn, reason, sample.start, sample.stop, sample.key, identity.ordinal
+    )
+
+
+def make_loader(
+    batches: LaneBatches, *, workers: int, prefetch: int, pin_memory: bool
+) -> DataLoader[Batch | Exhausted | Failed]:
+    """Start the loader processes; with `workers=0` the rank itself does their work."""
+    if workers == 0:
+        return DataLoader(batches, batch_size=None, pin_memory=pin_memory)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        pin_memory=pin_memory,
+        worker_init_fn=_prepare_worker,
+        # s3fs is not fork-safe, and spawn would import torch again in every worker.
+        multiprocessing_context=_context(),
+    )
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["streamswav.loader"])
+    return context
+
+
+def _prepare_worker(_: int) -> None:
+    """A signal to the process group must not take the workers: the rank ends them once it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,96 @@
+"""Every Prometheus family of streamswav, declared once. Names and labels follow Prometheus' conventions.
+
+A registry is passed in, so that tests and several runs in one process do not meet. Every known label value
+is exported as 0 from the start; timestamps hold the start of the process until their event.
+"""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+PREFIX = "streamswav"
+RUN_STATES = ("init", "training", "evaluating", "checkpoint", "draining", "done", "failed")
+PHASES = ("data_wait", "h2d", "forward_backward", "checkpoint", "other")
+STAGES = ("fetch", "parse", "decode", "collate")
+SAMPLE_OUTCOMES = ("trained", "quarantined")
+REQUEST_OUTCOMES = ("ok", "throttled", "error", "timeout")
+_STEP_BUCKETS = tuple(0.05 * 1.5**i for i in range(15))
+
+
+class Metrics:
+    """The families, as attributes named like the metric without its prefix and unit of counting."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        self.run_info = Info(
+            f"{PREFIX}_run", "What runs: version, world size, configuration", registry=self.registry
+        )
+        self.run_state = self._gauge("run_state", "1 for the state that the run is in", "state")
+        self.step = self._gauge("step", "Optimizer steps done")
+        self.images = self._counter("images", "Images trained since the process started")
+        self.run_images_remaining = self._gauge("run_images_remaining", "Images until the run is done")
+        self.last_step_timestamp = self._gauge("last_step_timestamp_seconds", "When the last step was done")
+        self.process_start_timestamp = self._gauge(
+            "process_start_timestamp_seconds", "When the process began"
+        )
+        self.step_duration = Histogram(
+            f"{PREFIX}_step_duration_seconds",
+            "Time from step to step",
+            buckets=_STEP_BUCKETS,
+            registry=self.registry,
+        )
+        self.step_phase = self._counter("step_phase_seconds", "Wall time of the rank by phase", "phase")
+        self.loss = self._gauge("loss", "Swapped prediction loss of the last logged step")
+        self.prototypes = self._gauge("prototypes", "K; an untrained or collapsed model has the loss ln K")
+        self.learning_rate = self._gauge("learning_rate", "Learning rate of the last step")
+        self.prototype_usage = self._gauge(
+            "prototype_usage_ratio", "Share of prototypes that are some image's best, over the log interval"
+        )
+        self.nonfinite_steps = self._counter("nonfinite_steps", "Steps whose loss was not a number")
+        self.checkpoint_last_success_timestamp = self._gauge(
+            "checkpoint_last_success_timestamp_seconds", "When the last checkpoint was committed"
+        )
+        self.checkpoint_last_success_step = self._gauge("checkpoint_last_success_step", "Step it holds")
+        self.checkpoint_interval = self._gauge("checkpoint_interval_seconds", "Configured interval")
+        self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint")
+        self.checkpoints = self._counter("checkpoints", "Checkpoints by outcome", "outcome")
+        self.samples = self._counter("samples", "Samples by outcome", "outcome")
+        self.quarantined_bytes = self._counter("quarantined_bytes", "Bytes not trained, by reason", "reason")
+        self.s3_requests = self._counter("s3_requests", "Storage requests, every attempt", "outcome")
+        self.s3_received_bytes = self._counter("s3_received_bytes", "Bytes received from storage")
+        self.stage_seconds = self._counter("stage_seconds", "Time of the loader processes by stage", "stage")
+        self.stream_shards = self._gauge("stream_shards", "Shards of the manifest", "state")
+        self._begin()
+
+    def set_state(self, state: str) -> None:
+        """Set the one state that the run is in."""
+        for each in RUN_STATES:
+            self.run_state.labels(each).set(each == state)
+
+    def _begin(self) -> None:
+        now = time.time()
+        for timestamp in (
+            self.process_start_timestamp,
+            self.last_step_timestamp,
+            self.checkpoint_last_success_timestamp,
+        ):
+            timestamp.set(now)
+        self.set_state("init")
+        known = (
+            (self.step_phase, PHASES),
+            (self.stage_seconds, STAGES),
+            (self.samples, SAMPLE_OUTCOMES),
+            (self.s3_requests, REQUEST_OUTCOMES),
+            (self.checkpoints, ("ok", "failed")),
+        )
+        for counter, values in known:
+            for value in values:
+                counter.labels(value)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)

@@ -1,0 +1,107 @@
+"""The ranks of a run: who they are, and what they agree upon over the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from streamswav.errors import ConfigError
+
+Plain = TypeVar("Plain")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: number of ranks.
+        local_rank: number on this machine.
+        device: where the model lives.
+        group: for the tensors of the model (NCCL or gloo); None for one rank.
+        control: gloo, for agreements that must not wait for the device; None for one rank.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 decides and writes for all."""
+        return self.rank == 0
+
+    def total(self, values: Sequence[int]) -> list[int]:
+        """Add up integers over all ranks."""
+        if self.control is None:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(summed, group=self.control)
+        return [int(value) for value in summed]
+
+    def gather(self, value: Plain) -> list[Plain]:
+        """Return every rank's value, in their order, on all ranks."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_leader(self, value: Plain) -> Plain:
+        """Return rank 0's value on all ranks."""
+        if self.control is None:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        received: Plain = values[0]
+        return received
+
+
+@contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, or be the only one.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = _pick_device(device, local_rank)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(device=place)
+        return
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        control = dist.new_group(backend="gloo")
+        assert isinstance(control, dist.ProcessGroup)
+        yield Ranks(rank, world_size, local_rank, place, dist.group.WORLD, control)
+    finally:
+        dist.destroy_process_group()
+
+
+def local_world_size() -> int:
+    """Return the number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _pick_device(device: str, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("training.device", "no CUDA device is visible here; use cpu or auto", value=device)
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

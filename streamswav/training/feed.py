@@ -1,0 +1,278 @@
+"""Batches for the trainer, across generations and passes, agreed among the ranks one step ahead.
+
+No rank enters a step that another will not reach: before a batch is handed out, all ranks have said over
+gloo on the CPU that they hold it, and whether anybody wants to drain, save or give up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from streamswav.crops import MultiCrop
+from streamswav.errors import BudgetSpentError, ManifestError, StreamswavError
+from streamswav.loader import Batch, Exhausted, Failed, LaneBatches, make_loader
+from streamswav.stream.manifest import Manifest
+from streamswav.stream.plan import (
+    Cursor,
+    Piece,
+    Plan,
+    bytes_left,
+    check_grid,
+    deal,
+    deal_samples,
+    remaining,
+    split_pieces,
+    without,
+)
+from streamswav.stream.position import Position
+from streamswav.stream.samples import Quarantined, ShardReader, name_samples
+from streamswav.training.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class FeedSettings:
+    """What the feed needs of the configuration.
+
+    Attributes:
+        passes: over the manifest.
+        workers: loader processes a rank.
+        prefetch: batches ahead, a worker.
+        skip_ratio: share of samples that may be quarantined.
+        skip_probation: samples before the share is looked at.
+    """
+
+    passes: int
+    workers: int
+    prefetch: int
+    skip_ratio: float
+    skip_probation: int
+
+
+class Feed:
+    """Iterates over this rank's batches and keeps the position that the trainer commits.
+
+    Attributes:
+        position: the position of all ranks, as of the last `synchronise`.
+        drained: a rank was asked to stop; the iteration has ended early, on all ranks alike.
+        save_agreed: rank 0 wishes a checkpoint after this step.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        position: Position,
+        *,
+        settings: FeedSettings,
+        reader: ShardReader,
+        crop: MultiCrop,
+        ranks: Ranks,
+        drain: Callable[[], bool] = lambda: False,
+        wants_save: Callable[[], bool] = lambda: False,
+    ) -> None:
+        check_grid(position.grid, world_size=ranks.world_size, workers=settings.workers)
+        self.manifest, self.position = manifest, position
+        self._settings, self._reader, self._crop, self._ranks = settings, reader, crop, ranks
+        self._drain, self._wants_save = drain, wants_save
+        self._sizes = [shard.size for shard in manifest.shards]
+        self._cursors: dict[int, Cursor] = {}
+        self._agreed_bytes = 0
+        self._batches = 0
+        self._passed: list[Quarantined] = []
+        self._skipped = 0
+        self.drained = False
+        self.save_agreed = False
+        self.unwritten: list[Quarantined] = []
+
+    @property
+    def trained(self) -> int:
+        """Samples trained by all ranks, this moment."""
+        return self.position.trained + self._batches * self.position.grid.batch
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes in the shards of the samples trained by all ranks, this moment."""
+        return self.position.trained_bytes + self._agreed_bytes
+
+    @property
+    def skipped(self) -> int:
+        """Samples and stretches quarantined by all ranks, this moment."""
+        known = sum(self.position.quarantined.values()) + len(self.position.damages)
+        return known + self._skipped
+
+    def __iter__(self) -> Iterator[Batch]:
+        while not (self.position.finished or self.drained):
+            plan = self.position.plan(self.manifest)
+            gone = yield from self._generation(plan)
+            if not self.drained:
+                self._deal_again(plan, gone)
+
+    def commit(self, batch: Batch) -> None:
+        """Advance the position past a batch whose optimizer step is done."""
+        self._cursors.update(batch.cursors)
+        self._batches += 1
+        self._passed += batch.quarantined
+
+    def synchronise(self) -> Position:
+        """Bring all ranks' commits together; every rank must call this after the same step."""
+        shares = self._ranks.gather((self._cursors, self._passed))
+        cursors = {lane: cursor for share, _ in shares for lane, cursor in share.items()}
+        passed = [each for _, share in shares for each in share]
+        self.position = self.position.advance(
+            cursors,
+            batches=self._batches,
+            samples=self._batches * self.position.grid.batch,
+            sample_bytes=self._agreed_bytes,
+        ).record(passed)
+        self.unwritten += passed
+        self._cursors, self._passed = {}, []
+        self._agreed_bytes = self._batches = self._skipped = 0
+        return self.position
+
+    def _generation(self, plan: Plan) -> Generator[Batch, None, tuple[Quarantined, ...]]:
+        """Yield the batches of one plan; returns what was found bad in the batch that could not be filled."""
+        loader = make_loader(
+            LaneBatches(
+                plan=plan,
+                cursors=self._own(self.position.cursors),
+                first=self.position.batches,
+                columns=self._columns(),
+                reader=self._reader,
+                crop=self._crop,
+            ),
+            workers=self._settings.workers,
+            prefetch=self._settings.prefetch,
+            pin_memory=self._ranks.device.type == "cuda",
+        )
+        for item in loader:
+            if not self._agree(item):
+                return item.quarantined if isinstance(item, Exhausted) else ()
+            assert isinstance(item, Batch)
+            yield item
+        raise AssertionError("a lane's end is always announced")
+
+    def _agree(self, item: Batch | Exhausted | Failed) -> bool:
+        """Tell whether all ranks hold the batch and none wants to stop.
+
+        Raises:
+            StreamswavError: this rank's error, or the news of another's.
+        """
+        skipped = 0 if isinstance(item, Failed) else len(item.quarantined)
+        wishes = [
+            isinstance(item, Failed),
+            isinstance(item, Exhausted),
+            self._drain(),
+            self._ranks.leads and self._wants_save(),
+            skipped,
+            item.sample_bytes if isinstance(item, Batch) else 0,
+        ]
+        failed, exhausted, drain, save, skipped, sample_bytes = self._ranks.total(
+            [int(wish) for wish in wishes]
+        )
+        if isinstance(item, Failed):
+            raise item.error
+        if failed:
+            raise StreamswavError("another rank's loader failed; its log says why")
+        self._skipped += skipped
+        self._check_budget(item)
+        self.drained, self.save_agreed = bool(drain), bool(save)
+        if drain or exhausted:
+            return False
+        self._agreed_bytes += sample_bytes
+        return True
+
+    def _check_budget(self, item: Batch | Exhausted) -> None:
+        seen = self.trained + self.skipped
+        if seen < self._settings.skip_probation or self.skipped <= self._settings.skip_ratio * seen:
+            return
+        latest = [*self._passed, *item.quarantined][-3:]
+        shown = "; ".join(self.describe(each) for each in latest) or "see the other ranks' logs"
+        raise BudgetSpentError(
+            f"{self.skipped} of {seen} samples could not be used, more than stream.skip_ratio = "
+            f"{self._settings.skip_ratio} allows; the latest: {shown}"
+        )
+
+    def describe(self, quarantined: Quarantined) -> str:
+        """Name a quarantined stretch for people: shard, bytes, key, reason."""
+        shard = self.manifest.shards[quarantined.shard].key
+        key = f" {quarantined.key}" if quarantined.key else ""
+        return f"{shard}[{quarantined.start}:{quarantined.stop}]{key}: {quarantined.reason}"
+
+    def _columns(self) -> range:
+        share = self.position.grid.columns // self._ranks.world_size
+        return range(self._ranks.rank * share, (self._ranks.rank + 1) * share)
+
+    def _own(self, cursors: Mapping[int, Cursor]) -> dict[int, Cursor]:
+        columns = self._columns()
+        return {lane: each for lane, each in cursors.items() if lane % self.position.grid.columns in columns}
+
+    def _deal_again(self, plan: Plan, gone: Sequence[Quarantined]) -> None:
+        """Deal what is left of the pass into a new generation, or end the pass."""
+        self._passed += gone
+        progressed = self._batches > 0 or self.position.batches > 0
+        self.synchronise()
+        bad = [each for share in self._ranks.gather(tuple(gone)) for each in share]
+        consumed = [(each.shard, each.turn, each.ordinal) for each in bad if each.ordinal is not None]
+        left = without(remaining(plan, self.position.cursors), consumed)
+        order = {"seed": plan.seed, "turn": plan.turn, "generation": plan.generation + 1}
+        if progressed and self._estimate(left) > 2 * plan.grid.batch * plan.grid.rows:
+            pieces, sizes = split_pieces(left, self._sizes, lanes=plan.grid.lanes)
+            self._enter(deal(pieces, sizes, grid=plan.grid, **order))
+            return
+        named = self._name(left)
+        samples = sum(len(piece.named() or ()) for piece in named)
+        if samples >= plan.grid.batch:
+            self._enter(deal_samples(named, grid=plan.grid, **order))
+        else:
+            self._end_pass(named, samples)
+
+    def _enter(self, plan: Plan) -> None:
+        self.position = replace(
+            self.position, generation=plan.generation, batches=0, cursors={}, carried=(), lanes=plan.lanes
+        )
+
+    def _estimate(self, left: Sequence[Piece]) -> float:
+        """Samples in the pieces, from the mean size of those trained so far."""
+        mean = self.position.trained_bytes / max(1, self.position.trained)
+        total = sum(bytes_left(piece, self._sizes) for piece in left)
+        return total / mean if mean else 0.0
+
+    def _name(self, left: Sequence[Piece]) -> list[Piece]:
+        """Rank 0 scans what is left; all get its answer, or its error."""
+        answer: tuple[list[Piece], list[Quarantined]] | StreamswavError | None = None
+        if self._ranks.leads:
+            try:
+                answer = name_samples(left, self._reader.open)
+            except StreamswavError as error:
+                answer = error
+        answer = self._ranks.from_leader(answer)
+        assert answer is not None
+        if isinstance(answer, StreamswavError):
+            raise answer
+        named, damages = answer
+        self.position = self.position.record(damages)
+        self.unwritten += damages if self._ranks.leads else []
+        return named
+
+    def _end_pass(self, left: Sequence[Piece], samples: int) -> None:
+        """Carry the left-over into the next pass, or finish.
+
+        Raises:
+            ManifestError: not one batch could be filled.
+        """
+        if self.position.trained == 0:
+            raise ManifestError(
+                f"the shards hold {samples} usable samples, fewer than one global batch "
+                f"(training.batch = {self.position.grid.batch})"
+            )
+        turn = self.position.turn + 1
+        self.position = replace(
+            self.position,
+            turn=turn,
+            generation=0,
+            batches=0,
+            cursors={},
+            carried=tuple(left),
+            lanes=None,
+            finished=turn >= self._settings.passes,
+        )
