@@ -1,0 +1,84 @@
+"""The stream on its own: samples with cursors, in one process, for any consumer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from streamswav.config import StorageSection, StreamSection
+from streamswav.stream.manifest import Manifest, list_manifest
+from streamswav.stream.plan import Grid
+from streamswav.stream.position import Position
+from streamswav.stream.samples import LaneReader, Quarantined, Sample, ShardReader
+from streamswav.stream.store import Store
+
+_DEFAULT_STREAM = StreamSection()
+_DEFAULT_STORAGE = StorageSection()
+
+
+class Stream:
+    """Iterates once over the samples of all passes, from `position` on.
+
+    Attributes:
+        manifest: the shards.
+        position: where the stream is after the samples given so far; plain data by `to_json`.
+        damages: stretches of shards that could not be parsed.
+    """
+
+    def __init__(self, manifest: Manifest, position: Position, reader: ShardReader, *, passes: int) -> None:
+        self.manifest, self.position, self._reader, self._passes = manifest, position, reader, passes
+        self.damages: list[Quarantined] = []
+
+    def __iter__(self) -> Iterator[Sample]:
+        while not self.position.finished:
+            lane = LaneReader(
+                self.position.plan(self.manifest), 0, self._reader.open, self.position.cursors.get(0)
+            )
+            for sample in lane:
+                size = sample.stop - sample.start
+                self.position = self.position.advance(
+                    {0: sample.cursor}, batches=1, samples=1, sample_bytes=size
+                )
+                self.damages += lane.take_damages()
+                yield sample
+            self.damages += lane.take_damages()
+            turn = self.position.turn + 1
+            self.position = replace(
+                self.position, turn=turn, batches=0, cursors={}, finished=turn >= self._passes
+            )
+
+
+def open_stream(
+    urls: Sequence[str],
+    *,
+    seed: int = _DEFAULT_STREAM.seed,
+    passes: int = 1,
+    window: int = _DEFAULT_STREAM.window,
+    storage: StorageSection = _DEFAULT_STORAGE,
+    position: Position | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Stream:
+    """Open the samples of tar shards, each exactly once a pass, in a shuffled order.
+
+    Args:
+        urls: prefixes, globs, brace patterns, single tars or `@FILE` lists; local, s3:// or http(s)://.
+        seed: of the order; every pass has another one.
+        passes: over all shards.
+        window: samples of a shard that are permuted together.
+        storage: endpoint, region, block size, deadline.
+        position: continue after it (`Stream.position` of an earlier stream over the same shards).
+        part: (i, n): every n-th shard only, from the i-th on; for n processes.
+
+    Raises:
+        ManifestError: there are no shards.
+        PositionError: the position belongs to other shards.
+        StorageError: a location that cannot be read.
+    """
+    store = Store(storage)
+    whole = list_manifest(urls, store)
+    index, parts = part
+    manifest = whole if parts == 1 else Manifest(whole.shards[index::parts])
+    reader = ShardReader(manifest, store, block_bytes=storage.block_bytes, read_ahead=2)
+    begun = position or Position(manifest.digest, Grid(1, 1, 1, window), seed)
+    begun.plan(manifest)
+    return Stream(manifest, begun, reader, passes=passes)
