@@ -33,6 +33,7 @@ class Batch:
         sample_bytes: bytes of the samples in their shards.
         quarantined: what was passed over on the way.
         seconds: time spent by stage (fetch, parse, decode, collate).
+        traffic: (outcome, bytes received) of the storage requests made meanwhile.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Batch:
     sample_bytes: int
     quarantined: tuple[Quarantined, ...]
     seconds: Mapping[str, float]
+    traffic: tuple[tuple[str, int], ...]
 
     def pin_memory(self) -> Batch:
         """Copy the pixels to page-locked memory; the DataLoader calls this."""
@@ -136,6 +138,7 @@ class LaneBatches(IterableDataset[Batch | Exhausted | Failed]):
             sample_bytes=sum(sample.stop - sample.start for sample in taken),
             quarantined=tuple(passed),
             seconds={"fetch": fetching, "parse": parsing, "decode": decoding, "collate": now - started},
+            traffic=tuple(self.reader.take_traffic()),
         )
 
     def _lane(self, lane: int) -> LaneReader:

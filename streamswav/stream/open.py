@@ -74,11 +74,10 @@ def open_stream(
         PositionError: the position belongs to other shards.
         StorageError: a location that cannot be read.
     """
-    store = Store(storage)
-    whole = list_manifest(urls, store)
+    whole = list_manifest(urls, Store(storage))
     index, parts = part
     manifest = whole if parts == 1 else Manifest(whole.shards[index::parts])
-    reader = ShardReader(manifest, store, block_bytes=storage.block_bytes, read_ahead=2)
+    reader = ShardReader(manifest, storage, read_ahead=2)
     begun = position or Position(manifest.digest, Grid(1, 1, 1, window), seed)
     begun.plan(manifest)
     return Stream(manifest, begun, reader, passes=passes)

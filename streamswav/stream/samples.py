@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from streamswav.config import StorageSection
 from streamswav.stream.manifest import Manifest, Shard
 from streamswav.stream.plan import Cursor, Piece, Plan
 from streamswav.stream.store import Store
@@ -83,22 +84,26 @@ class Quarantined:
 
 
 class ShardReader:
-    """Opens shards at an offset, with a few ranged reads in flight.
+    """Opens shards at an offset, with a few ranged reads in flight. Cheap to pickle before its first use.
 
-    Built in the process that reads; `fetch_seconds` and `parse_seconds` tell where its time went.
+    Attributes:
+        fetch_seconds: time that the reading thread waited for bytes.
     """
 
-    def __init__(self, manifest: Manifest, store: Store, *, block_bytes: int, read_ahead: int) -> None:
-        self._manifest, self._store = manifest, store
-        self._block_bytes, self._read_ahead = block_bytes, read_ahead
+    def __init__(self, manifest: Manifest, storage: StorageSection, *, read_ahead: int) -> None:
+        self._manifest, self._storage, self._read_ahead = manifest, storage, read_ahead
+        self._store: Store | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._traffic: deque[tuple[str, int]] = deque()
         self.fetch_seconds = 0.0
-        self.fetched_bytes = 0
-        self.opened_shards = 0
 
     def digest(self, shard: int) -> int:
         """Return the shard's identity, 64 bits."""
         return self._manifest.shards[shard].digest
+
+    def take_traffic(self) -> list[tuple[str, int]]:
+        """Return (outcome, bytes received) of every request since the last call."""
+        return [self._traffic.popleft() for _ in range(len(self._traffic))]
 
     def open(self, piece: Piece) -> Iterator[TarSample | Damage]:
         """Yield samples and damages of the piece's shard, from the piece's offset on.
@@ -107,29 +112,30 @@ class ShardReader:
             StorageError: the shard is missing, changed, or out of reach until the deadline.
         """
         shard = self._manifest.shards[piece.shard]
-        self.opened_shards += 1
         blocks = self._blocks(shard, piece.offset)
         return read_samples(blocks, size=shard.size, start=piece.offset, ordinal=piece.ordinal)
 
     def _blocks(self, shard: Shard, start: int) -> Iterator[bytes]:
-        if self._pool is None:
+        # Here, not in the constructor: clients and threads belong to the process that reads.
+        if self._pool is None or self._store is None:
             self._pool = ThreadPoolExecutor(self._read_ahead, thread_name_prefix="read-ahead")
+            self._store = Store(self._storage, on_request=self._record)
         waiting: deque[Future[bytes]] = deque()
-        offsets = iter(range(start, shard.size, self._block_bytes))
+        offsets = iter(range(start, shard.size, self._storage.block_bytes))
         while True:
             while len(waiting) < self._read_ahead and (offset := next(offsets, None)) is not None:
-                waiting.append(self._pool.submit(self._read, shard, offset))
+                stop = min(offset + self._storage.block_bytes, shard.size)
+                read = self._store.read_range
+                waiting.append(self._pool.submit(read, shard.url, offset, stop, version=shard.version))
             if not waiting:
                 return
             began = time.perf_counter()
             block = waiting.popleft().result()
             self.fetch_seconds += time.perf_counter() - began
-            self.fetched_bytes += len(block)
             yield block
 
-    def _read(self, shard: Shard, offset: int) -> bytes:
-        stop = min(offset + self._block_bytes, shard.size)
-        return self._store.read_range(shard.url, offset, stop, version=shard.version)
+    def _record(self, outcome: str, _: float, received: int) -> None:
+        self._traffic.append((outcome, received))
 
 
 OpenPiece = Callable[[Piece], Iterator[TarSample | Damage]]

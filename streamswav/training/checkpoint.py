@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 
 _LIST = "checkpoint.json"
 _POINTER = "latest"
+_KEEP = "keep"
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,14 @@ class CheckpointFolder:
         below = (info.url.removeprefix(self.url).lstrip("/").split("/") for info in found)
         return sorted({parts[0] for parts in below if len(parts) > 1 and parts[0].startswith("step-")})
 
-    def prune(self, *, keep: int, is_milestone: Callable[[str], bool] = lambda _: False) -> None:
-        """Remove all but the newest `keep` and the milestones; call it after a save, never before."""
+    def keep_for_good(self, checkpoint: Checkpoint) -> None:
+        """Exempt a checkpoint from `prune`."""
+        self._store.write(join(checkpoint.url, _KEEP), b"")
+
+    def prune(self, *, keep: int) -> None:
+        """Remove all but the newest `keep` and those kept for good; call it after a save, never before."""
         for name in self.names()[:-keep]:
-            if not is_milestone(name):
+            if not self._store.exists(join(self.url, name, _KEEP)):
                 self._store.delete(join(self.url, name))
 
 

@@ -56,6 +56,7 @@ class Feed:
         position: the position of all ranks, as of the last `synchronise`.
         drained: a rank was asked to stop; the iteration has ended early, on all ranks alike.
         save_agreed: rank 0 wishes a checkpoint after this step.
+        log_agreed: rank 0 wishes a log line after this step.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class Feed:
         ranks: Ranks,
         drain: Callable[[], bool] = lambda: False,
         wants_save: Callable[[], bool] = lambda: False,
+        wants_log: Callable[[], bool] = lambda: False,
     ) -> None:
         check_grid(position.grid, world_size=ranks.world_size, workers=settings.workers)
         self.manifest, self.position = manifest, position
         self._settings, self._reader, self._crop, self._ranks = settings, reader, crop, ranks
-        self._drain, self._wants_save = drain, wants_save
+        self._drain, self._wants_save, self._wants_log = drain, wants_save, wants_log
         self._sizes = [shard.size for shard in manifest.shards]
         self._cursors: dict[int, Cursor] = {}
         self._agreed_bytes = 0
@@ -81,7 +83,7 @@ class Feed:
         self._passed: list[Quarantined] = []
         self._skipped = 0
         self.drained = False
-        self.save_agreed = False
+        self.save_agreed = self.log_agreed = False
         self.unwritten: list[Quarantined] = []
 
     @property
@@ -163,10 +165,11 @@ class Feed:
             isinstance(item, Exhausted),
             self._drain(),
             self._ranks.leads and self._wants_save(),
+            self._ranks.leads and self._wants_log(),
             skipped,
             item.sample_bytes if isinstance(item, Batch) else 0,
         ]
-        failed, exhausted, drain, save, skipped, sample_bytes = self._ranks.total(
+        failed, exhausted, drain, save, log, skipped, sample_bytes = self._ranks.total(
             [int(wish) for wish in wishes]
         )
         if isinstance(item, Failed):
@@ -175,7 +178,7 @@ class Feed:
             raise StreamswavError("another rank's loader failed; its log says why")
         self._skipped += skipped
         self._check_budget(item)
-        self.drained, self.save_agreed = bool(drain), bool(save)
+        self.drained, self.save_agreed, self.log_agreed = bool(drain), bool(save), bool(log)
         if drain or exhausted:
             return False
         self._agreed_bytes += sample_bytes

@@ -1,0 +1,217 @@
+"""What is chosen when the user did not: a rule for each value, with its reason, on facts found at start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from streamswav.config import Config, check_combinations
+from streamswav.errors import ConfigError
+
+PAPER_BATCH = 4096
+_MEMORY_OF_THE_PAPER = {1: 64, 2: 32, 4: 32, 5: 8}
+_DIVISORS_OF_12 = (12, 6, 4, 3, 2, 1)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before a run starts.
+
+    Attributes:
+        world_size: ranks.
+        cores: CPU cores a rank can use.
+        cuda: whether the model lives on a GPU.
+        bfloat16: whether that GPU has it.
+        shards: in the manifest.
+        samples: in one pass, where the producers counted; else None.
+    """
+
+    world_size: int
+    cores: int
+    cuda: bool
+    bfloat16: bool
+    shards: int
+    samples: int | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value that a rule chose."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
+    """Fill in everything that was left open.
+
+    Returns:
+        The complete configuration, and what was chosen with reasons, in order. Amounts of images stay
+        None where the number of samples is not known: they are then shares of the manifest's bytes.
+
+    Raises:
+        ConfigError: the given values and the facts do not fit together.
+    """
+    chosen: list[Choice] = []
+    values = config.model_dump()
+
+    def choose(key: str, rule: Callable[[], tuple[Any, str]]) -> Any:
+        section, name = key.split(".")
+        if values[section][name] is None:
+            value, reason = rule()
+            values[section][name] = value
+            chosen.append(Choice(key, value, reason))
+        return values[section][name]
+
+    if config.stream.samples is None and facts.samples is not None:
+        choose("stream.samples", lambda: (facts.samples, "counted by the shards' producer (_stats.json)"))
+    samples = values["stream"]["samples"]
+    total = min(samples * config.stream.passes, config.training.images or 1 << 62) if samples else None
+    batch = choose("training.batch", lambda: _batch(config, facts))
+    _check_batch(batch, facts.world_size)
+    _choose_grid(choose, config, facts, batch)
+    _choose_objective(choose, config, batch, total)
+    _choose_rate(choose, config, batch, total)
+    choose("training.sync_batch_norm", lambda: _sync_batch_norm(config, facts))
+    if config.training.precision == "auto":
+        values["training"]["precision"] = None
+        choose("training.precision", lambda: _precision(facts))
+    resolved = Config.model_validate(values)
+    check_combinations(resolved)
+    return resolved, chosen
+
+
+Choose = Callable[[str, Callable[[], tuple[Any, str]]], Any]
+
+
+def _check_batch(batch: int, world_size: int) -> None:
+    if batch % world_size:
+        raise ConfigError("training.batch", f"must be a multiple of the {world_size} ranks", value=batch)
+
+
+def _choose_grid(choose: Choose, config: Config, facts: Facts, batch: int) -> None:
+    rows = config.stream.rows
+    workers = choose("loader.workers", lambda: _workers(facts, rows))
+    columns = config.stream.columns or _columns(facts, batch)
+    if rows is None:
+        rows = _fit_rows(facts, workers, columns)
+        choose("stream.rows", lambda: (rows, "room to change the workers; about 4 shards a lane or more"))
+    assert rows is not None
+    fitted = config.stream.columns or _fit_columns(facts, columns, rows)
+    choose("stream.columns", lambda: (fitted, "room to halve and double the ranks; divides training.batch"))
+
+
+def _choose_objective(choose: Choose, config: Config, batch: int, total: int | None) -> None:
+    large = _is_large(config)
+    choose("swav.prototypes", lambda: _prototypes(large, total))
+    choose("swav.epsilon", lambda: (0.03, "SEER's, for large trunks") if large else (0.05, "the paper's"))
+    choose("swav.iterations", lambda: (10, "SEER's, for large trunks") if large else (3, "the paper's"))
+    length = choose("swav.queue_length", lambda: _queue_length(batch))
+    if length == 0:
+        choose("swav.queue_start_images", lambda: (0, "there is no queue"))
+    elif batch >= 1536:
+        choose("swav.queue_start_images", lambda: (0, "from the start, as the paper at 1536 and 2560"))
+    elif total is not None:
+        start = min(19_200_000, round(0.075 * total))
+        choose("swav.queue_start_images", lambda: (start, "7.5% of the images: the paper's epoch 15 of 200"))
+    if total is not None:
+        freeze = min(1_281_167, total // 100)
+        choose(
+            "swav.freeze_prototypes_images", lambda: (freeze, "1% of the images, one ImageNet epoch at most")
+        )
+
+
+def _choose_rate(choose: Choose, config: Config, batch: int, total: int | None) -> None:
+    rate = choose("optimizer.rate", lambda: _rate(config.optimizer.name, batch))
+    choose("optimizer.final_rate", lambda: (rate / 1000, "a thousandth of the base rate, as the paper"))
+    choose("optimizer.schedule", lambda: ("cosine", "the manifest has an end"))
+    if total is not None:
+        choose("optimizer.warmup_images", lambda: _warmup(batch, total))
+    choose("optimizer.start_rate", lambda: (rate / 16, "a sixteenth of the base rate, as the paper"))
+
+
+def _batch(config: Config, facts: Facts) -> tuple[int, str]:
+    widths = [width for width in _MEMORY_OF_THE_PAPER if width <= max(1.0, config.model.width)]
+    each = _MEMORY_OF_THE_PAPER[widths[-1]]
+    batch = min(PAPER_BATCH // facts.world_size, each) * facts.world_size
+    return batch, f"{batch // facts.world_size} a rank, about the paper's for this width"
+
+
+def _workers(facts: Facts, rows: int | None) -> tuple[int, str]:
+    fitting = (n for n in _DIVISORS_OF_12 if n <= max(1, facts.cores) and (rows or 12) % n == 0)
+    return next(fitting, 1), f"{facts.cores} cores a rank; a divisor of the grid's rows"
+
+
+def _columns(facts: Facts, batch: int) -> int:
+    """The smallest ranks x 2^k that is 64 and 4 x ranks at least and divides the batch, else the largest."""
+    columns = facts.world_size
+    while columns < max(4 * facts.world_size, 64) and batch % (2 * columns) == 0:
+        columns *= 2
+    return columns
+
+
+def _fit_rows(facts: Facts, workers: int, columns: int) -> int:
+    for rows in _DIVISORS_OF_12:
+        if rows % max(1, workers) == 0 and rows * columns * 4 <= facts.shards:
+            return rows
+    return max(1, workers)
+
+
+def _fit_columns(facts: Facts, columns: int, rows: int) -> int:
+    while columns > facts.world_size and columns * rows * 4 > facts.shards:
+        columns //= 2
+    return columns
+
+
+def _prototypes(large: bool, total: int | None) -> tuple[int, str]:
+    if large:
+        return 16_000, "SEER's, for large trunks"
+    if total is not None and total < 1_000_000:
+        return 512, "under a million images: fewer prototypes, so that each gets its share"
+    return 3000, "the paper's"
+
+
+def _queue_length(batch: int) -> tuple[int, str]:
+    if batch >= PAPER_BATCH:
+        return 0, "the batch is large enough without"
+    if batch >= 1536:
+        return batch, "one batch, as the paper at 1536 and 2560"
+    return (PAPER_BATCH - batch) // batch * batch, "batch and queue together make 4096, as the paper at 256"
+
+
+def _rate(optimizer: str, batch: int) -> tuple[float, str]:
+    if optimizer == "lars":
+        rate = 4.8 * (min(batch, PAPER_BATCH) / PAPER_BATCH) ** 0.75
+        return rate, "4.8 x (batch / 4096)^0.75: through the paper's 4.8 at 4096 and 0.6 at 256"
+    if optimizer == "sgd":
+        return 0.05 * batch / 256, "0.05 at batch 256, linear in the batch"
+    return 5e-4 * batch / 256, "0.0005 at batch 256, linear in the batch"
+
+
+def _warmup(batch: int, total: int) -> tuple[int, str]:
+    if batch <= 256:
+        return 0, "none at small batches, as the paper"
+    return min(12_800_000, total // 10), "10% of the images, the paper's 10 epochs at most"
+
+
+def _sync_batch_norm(config: Config, facts: Facts) -> tuple[int, str]:
+    if facts.world_size >= 16 and not config.training.topology_invariant:
+        return 8, "groups of 8 ranks: the paper's, at half the cost of all ranks"
+    return 0, "batch statistics over all ranks"
+
+
+def _precision(facts: Facts) -> tuple[str, str]:
+    if not facts.cuda:
+        return "float32", "on the CPU"
+    return ("bfloat16", "the GPU has it") if facts.bfloat16 else ("float16", "with loss scaling")
+
+
+def _is_large(config: Config) -> bool:
+    """Trunks of more than 100 million parameters."""
+    return config.model.width >= 4 or config.model.trunk in (
+        "resnext101_32x16d",
+        "resnext101_32x32d",
+        "resnext101_32x48d",
+    )

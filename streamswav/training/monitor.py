@@ -1,0 +1,170 @@
+"""Where the time of a run goes, what it learns, and when it says so."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from streamswav.errors import NonFiniteError
+from streamswav.loader import Batch
+from streamswav.stream.manifest import Manifest
+from streamswav.telemetry.metrics import Metrics
+from streamswav.telemetry.progress import Progress, Reporter
+from streamswav.training.checkpoint import Checkpoint
+from streamswav.training.distributed import Ranks
+from streamswav.training.learner import StepResult
+
+
+class Monitor:
+    """Feeds metrics and the log. Nothing is read from the device between two logs.
+
+    Attributes:
+        loss_first: loss of the run's first step.
+        loss_last: mean loss since the last log but one.
+        images_per_second: over this process' whole training.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        reporter: Reporter,
+        ranks: Ranks,
+        *,
+        prototypes: int,
+        log_seconds: float,
+    ) -> None:
+        self.metrics, self._reporter, self._ranks = metrics, reporter, ranks
+        self._prototypes, self._log_seconds = prototypes, log_seconds
+        self.loss_first: float | None = None
+        self.loss_last = math.nan
+        self._began = self._logged = self._stepped = time.perf_counter()
+        self._phases: dict[str, float] = {}
+        self._images_begun = self._images_logged = 0
+        self._losses = torch.zeros((), device=ranks.device)
+        self._used = torch.zeros(prototypes, dtype=torch.bool, device=ranks.device)
+        self._steps = 0
+        self._trained = 0
+        metrics.prototypes.set(prototypes)
+
+    def begin(self, *, images: int, loss_first: float | None) -> None:
+        """Start the clocks; `images` were trained before this process."""
+        self._began = self._logged = self._stepped = time.perf_counter()
+        self._images_begun = self._images_logged = self._trained = images
+        self.loss_first = loss_first
+        self.metrics.set_state("training")
+
+    def log_due(self) -> bool:
+        """Tell whether it is time for a log line; the first step gets one at once."""
+        return self._steps == 0 or time.perf_counter() - self._logged >= self._log_seconds
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Account the time within to a phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self._phases[name] = self._phases.get(name, 0.0) + seconds
+            self.metrics.step_phase.labels(name).inc(seconds)
+
+    def stepped(self, batch: Batch, result: StepResult, *, step: int, images: int, rate: float) -> None:
+        """Record one step."""
+        if self.loss_first is None:
+            self.loss_first = self._mean_over_ranks(float(result.loss))
+        self._losses += result.loss
+        self._used[result.scores.argmax(dim=-1).flatten()] = True
+        self._steps += 1
+        metrics, now = self.metrics, time.perf_counter()
+        metrics.step_duration.observe(now - self._stepped)
+        metrics.step.set(step)
+        metrics.images.inc(images - self._trained)
+        metrics.samples.labels("trained").inc(images - self._trained)
+        metrics.last_step_timestamp.set(time.time())
+        metrics.learning_rate.set(rate)
+        for stage, seconds in batch.seconds.items():
+            metrics.stage_seconds.labels(stage).inc(seconds)
+        for outcome, received in batch.traffic:
+            metrics.s3_requests.labels(outcome).inc()
+            metrics.s3_received_bytes.inc(received)
+        for each in batch.quarantined:
+            metrics.samples.labels("quarantined").inc(each.ordinal is not None)
+            metrics.quarantined_bytes.labels(each.reason).inc(each.stop - each.start)
+        self._stepped, self._trained = now, images
+
+    def log(self, *, step: int, images: int, fraction: float, rate: float, quarantined: int) -> None:
+        """Read the loss from the device, tell it; every rank must call this after the same step.
+
+        Raises:
+            NonFiniteError: the loss is no number any more.
+        """
+        if self._steps == 0:
+            return
+        loss = self._mean_over_ranks(float(self._losses) / self._steps)
+        usage = float(self._used.float().mean())
+        now = time.perf_counter()
+        seconds = max(now - self._logged, 1e-9)
+        elapsed = now - self._began
+        self.loss_last = loss
+        self.metrics.loss.set(loss)
+        self.metrics.prototype_usage.set(usage)
+        since = images - self._images_begun
+        speed = (images - self._images_logged) / seconds
+        overall = since / max(elapsed, 1e-9)
+        left = images * (1 - fraction) / fraction if fraction else math.nan
+        self.metrics.run_images_remaining.set(left)
+        self._reporter.progress(
+            Progress(
+                step=step,
+                images=images,
+                fraction=fraction,
+                loss=loss,
+                ln_prototypes=math.log(self._prototypes),
+                rate=rate,
+                images_per_second=speed,
+                data_wait_ratio=min(1.0, self._phases.get("data_wait", 0.0) / seconds),
+                prototype_usage_ratio=usage,
+                quarantined=quarantined,
+                seconds_left=left / overall if overall and math.isfinite(left) else None,
+            )
+        )
+        self._logged, self._images_logged, self._phases, self._steps = now, images, {}, 0
+        self._losses.zero_()
+        self._used.zero_()
+        if not math.isfinite(loss):
+            self.metrics.nonfinite_steps.inc()
+            raise NonFiniteError(
+                f"the loss is {loss} at step {step}: lower optimizer.rate, raise swav.epsilon, or use "
+                "training.precision float32; the last checkpoint is from before"
+            )
+
+    @property
+    def images_per_second(self) -> float:
+        """Speed over all that this process trained."""
+        return (self._trained - self._images_begun) / max(self._stepped - self._began, 1e-9)
+
+    def saved(self, checkpoint: Checkpoint | None) -> None:
+        """Record a checkpoint."""
+        self.metrics.checkpoints.labels("ok").inc()
+        self.metrics.checkpoint_last_success_timestamp.set(time.time())
+        if checkpoint:
+            self.metrics.checkpoint_last_success_step.set(checkpoint.step)
+            self.metrics.checkpoint_bytes.set(checkpoint.size)
+            self._reporter.event("checkpoint", f"saved {checkpoint.url}", step=checkpoint.step)
+
+    def event(self, name: str, message: str, **fields: Any) -> None:
+        """Tell that something happened."""
+        self._reporter.event(name, message, **fields)
+
+    def describe(self, manifest: Manifest, about: Mapping[str, str]) -> None:
+        """Record what runs."""
+        self.metrics.run_info.info(dict(about))
+        self.metrics.stream_shards.labels("manifest").set(len(manifest.shards))
+
+    def _mean_over_ranks(self, value: float) -> float:
+        return sum(self._ranks.gather(value)) / self._ranks.world_size

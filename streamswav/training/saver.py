@@ -1,0 +1,179 @@
+"""Saving and restoring a run: what goes into a checkpoint, when, and from whom."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from streamswav.config import Config, dump_config
+from streamswav.errors import CheckpointError
+from streamswav.stream.position import Position
+from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, pack, unpack
+from streamswav.training.distributed import Ranks
+from streamswav.training.feed import Feed
+from streamswav.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run as its last checkpoint left it.
+
+    Attributes:
+        checkpoint: where it came from.
+        step: optimizer steps done.
+        loss_first: loss of the run's first step.
+        position: of the stream.
+        shared: network, optimizer and scaler.
+        by_rank: queue and random state of every rank.
+    """
+
+    checkpoint: Checkpoint
+    step: int
+    loss_first: float | None
+    position: Position
+    shared: dict[str, Any]
+    by_rank: list[dict[str, Any]]
+
+
+class Saver:
+    """Writes checkpoints when they are due; rank 0 writes for all.
+
+    Attributes:
+        last: the newest checkpoint of this run.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        config: Config,
+        ranks: Ranks,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._config, self._ranks, self._clock = folder, config, ranks, clock
+        self._saved_at = clock()
+        self._saved_images = 0
+        self.last: Checkpoint | None = None
+
+    def due(self, images: int) -> bool:
+        """Tell whether minutes or images since the last checkpoint are over."""
+        section = self._config.checkpoint
+        late = section.minutes is not None and self._clock() - self._saved_at >= 60 * section.minutes
+        far = section.images is not None and images - self._saved_images >= section.images
+        return late or far
+
+    def save(self, learner: Learner, feed: Feed, *, step: int, loss_first: float | None) -> None:
+        """Write a checkpoint; every rank must call this after the same step.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        position = feed.synchronise()
+        state = learner.state_dict()
+        own = {"queue": state.pop("queue"), "random": torch.get_rng_state()}
+        by_rank = self._ranks.gather(own)
+        if self._ranks.leads:
+            run = {"step": step, "loss_first": loss_first}
+            quarantined = "".join(json.dumps(asdict(each)) + "\n" for each in feed.unwritten)
+            files = {
+                "model.pt": pack(state),
+                "ranks.pt": pack(by_rank),
+                "position.json": json.dumps(position.to_json()).encode(),
+                "run.json": json.dumps(run).encode(),
+                "config.yaml": dump_config(self._config).encode(),
+                "quarantined.jsonl": quarantined.encode(),
+            }
+            about = describe_model(self._config)
+            self.last = self._folder.save(files, step=step, images=position.trained, about=about)
+            self._prune(position.trained)
+        feed.unwritten.clear()
+        self._saved_at, self._saved_images = self._clock(), position.trained
+
+    def restore(self) -> Restored | None:
+        """Read the newest whole checkpoint, chosen by rank 0 for all; None where the run is new.
+
+        Raises:
+            CheckpointError: it is of another model, or none is whole.
+        """
+        found = self._ranks.from_leader(self._folder.newest() if self._ranks.leads else None)
+        if found is None:
+            return None
+        checkpoint, files = found
+        refuse_other_model(checkpoint, describe_model(self._config))
+        run = json.loads(files["run.json"])
+        self.last, self._saved_images = checkpoint, checkpoint.images
+        return Restored(
+            checkpoint,
+            step=run["step"],
+            loss_first=run["loss_first"],
+            position=Position.from_json(json.loads(files["position.json"])),
+            shared=unpack(files["model.pt"]),
+            by_rank=unpack(files["ranks.pt"]),
+        )
+
+    def _prune(self, images: int) -> None:
+        every = self._config.checkpoint.keep_every_images
+        if every and self.last and images // every > self._saved_images // every:
+            self._folder.keep_for_good(self.last)
+        self._folder.prune(keep=self._config.checkpoint.keep)
+
+
+def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int) -> None:
+    """Give a learner what was restored, on this number of ranks.
+
+    Raises:
+        CheckpointError: the state does not fit the learner.
+    """
+    queues = [state["queue"] for state in restored.by_rank]
+    own = queues[0] and {"features": _own_queue([each["features"] for each in queues], ranks, batch)}
+    learner.load_state_dict({**restored.shared, "queue": own})
+    if ranks.world_size == len(restored.by_rank):
+        torch.set_rng_state(restored.by_rank[ranks.rank]["random"])
+
+
+def describe_model(config: Config) -> dict[str, Any]:
+    """What a checkpoint's tensors depend on: another value is another model."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "swav": {
+            "prototypes": config.swav.prototypes,
+            "assigned_crops": config.swav.assigned_crops,
+            "queue_length": config.swav.queue_length,
+        },
+        "optimizer": {"name": config.optimizer.name},
+        "stream": {"seed": config.stream.seed},
+    }
+
+
+def refuse_other_model(checkpoint: Checkpoint, here: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint was made with to what is configured.
+
+    Raises:
+        CheckpointError: naming the first key that differs.
+    """
+    for section, values in here.items():
+        for name, value in values.items():
+            saved = checkpoint.about.get(section, {}).get(name)
+            if saved != value:
+                raise CheckpointError(
+                    f"{checkpoint.url} was made with {section}.{name} = {saved!r}, now it is {value!r}: "
+                    "set it back, or choose another run.directory"
+                )
+
+
+def _own_queue(features: list[torch.Tensor], ranks: Ranks, batch: int) -> torch.Tensor:
+    """This rank's part of the queues [A, length, D] of all ranks that saved.
+
+    A queue is a row of batches, the newest first, and each rank holds its share of every batch; so the
+    shares are put together batch by batch before they are divided among the ranks that there are now.
+    """
+    if len(features) == ranks.world_size:
+        return features[ranks.rank]
+    share = batch // len(features)
+    whole = torch.cat([each.unflatten(1, (-1, share)) for each in features], dim=2)
+    return whole.chunk(ranks.world_size, dim=2)[ranks.rank].flatten(1, 2)

@@ -1,0 +1,100 @@
+"""The training loop: next batch, step, commit, maybe log, maybe save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from streamswav.crops import Augment
+from streamswav.errors import DrainedError
+from streamswav.loader import Batch
+from streamswav.training.feed import Feed
+from streamswav.training.learner import Learner
+from streamswav.training.monitor import Monitor
+from streamswav.training.pace import Pace
+from streamswav.training.saver import Saver
+
+
+class Trainer:
+    """Trains a learner on a feed until the feed ends, the images are done, or a drain is asked for.
+
+    Attributes:
+        step: optimizer steps done, over all starts of the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        learner: Learner,
+        feed: Feed,
+        augment: Augment,
+        pace: Pace,
+        saver: Saver,
+        monitor: Monitor,
+        step: int,
+        images_limit: int | None,
+    ) -> None:
+        self._learner, self._feed, self._augment, self._pace = learner, feed, augment, pace
+        self._saver, self._monitor, self._images_limit = saver, monitor, images_limit
+        self.step = step
+
+    def train(self) -> None:
+        """Train to the end.
+
+        Raises:
+            DrainedError: stopped by a signal; everything is saved.
+            StreamswavError: what made it impossible to go on; the last checkpoint stands.
+        """
+        feed, monitor = self._feed, self._monitor
+        for batch in self._batches():
+            stride = self._pace.stride(feed.trained, feed.committed_bytes)
+            with monitor.phase("h2d"):
+                crops = self._augment.all(batch.pixels, batch.parameters)
+            with monitor.phase("forward_backward"):
+                result = self._learner.step(
+                    crops,
+                    rate=stride.rate,
+                    freeze_prototypes=stride.freeze_prototypes,
+                    use_queue=stride.use_queue,
+                )
+            feed.commit(batch)
+            self.step += 1
+            monitor.stepped(batch, result, step=self.step, images=feed.trained, rate=stride.rate)
+            if feed.log_agreed:
+                self._log(stride.rate)
+            if feed.save_agreed:
+                self._save()
+        self._log(self._pace.stride(feed.trained, feed.committed_bytes).rate)
+        self._save()
+        if feed.drained:
+            raise DrainedError(f"drained after a signal at step {self.step}: the same command continues")
+'''
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train."""
+        limit = self._images_limit
+        return self._feed.position.finished or (limit is not None and self._feed.trained >= limit)
+
+    def _batches(self) -> Iterator[Batch]:
+        batches = iter(self._feed)
+        while not self.done:
+            with self._monitor.phase("data_wait"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _log(self, rate: float) -> None:
+        images = self._feed.trained
+        self._monitor.log(
+            step=self.step,
+            images=images,
+            fraction=self._pace.fraction(images, self._feed.committed_bytes),
+            rate=rate,
+            quarantined=self._feed.skipped,
+        )
+
+    def _save(self) -> None:
+        with self._monitor.phase("checkpoint"):
+            self._saver.save(self._learner, self._feed, step=self.step, loss_first=self._monitor.loss_first)
+        self._monitor.saved(self._saver.last)
