@@ -175,5 +175,5 @@ def _own_queue(features: list[torch.Tensor], ranks: Ranks, batch: int) -> torch.
     if len(features) == ranks.world_size:
         return features[ranks.rank]
     share = batch // len(features)
-    whole = torch.cat([each.unflatten(1, (-1, share)) for each in features], dim=2)
+    whole = torch.cat([each.view(len(each), -1, share, each.shape[2]) for each in features], dim=2)
     return whole.chunk(ranks.world_size, dim=2)[ranks.rank].flatten(1, 2)

@@ -67,7 +67,6 @@ class Trainer:
         self._save()
         if feed.drained:
             raise DrainedError(f"drained after a signal at step {self.step}: the same command continues")
-'''
 
     @property
     def done(self) -> bool:

@@ -1,0 +1,115 @@
+"""The command line: reads arguments, environment and files, calls a command, maps errors to exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamswav import __version__
+from streamswav.config import Config, dump_config, load_config
+from streamswav.errors import EXIT_DONE, StreamswavError
+
+_INTERRUPTED = 130
+
+_PRETRAIN_HELP = """\
+Keys of the configuration are given as --section.key value; `streamswav keys` lists them all. Later sources
+win: the file, then STREAMSWAV_SECTION__KEY from the environment, then the command line.
+
+exit codes: 0 done · 75 stopped by a signal and saved, the same command continues · 78 do not restart before
+something was changed (the message says what) · 1 anything else
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    parser = _build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.takes_keys:
+        parser.error(f"{rest[0]} is not understood by {arguments.command}")
+    arguments.keys = rest
+    try:
+        arguments.run(arguments)
+    except StreamswavError as error:
+        sys.stderr.write(f"streamswav: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("streamswav: interrupted twice, nothing saved since the last checkpoint\n")
+        return _INTERRUPTED
+    return EXIT_DONE
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="streamswav", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"streamswav {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    pretrain = _add_command(commands, "pretrain", _pretrain, "train a trunk on tar shards, in one pass")
+    pretrain.formatter_class = argparse.RawDescriptionHelpFormatter
+    pretrain.epilog = _PRETRAIN_HELP
+    pretrain.add_argument("--print-config", action="store_true", help="show the configuration and end")
+    cooldown = _add_command(
+        commands, "cooldown", _cooldown, "end a run of constant rate: bring the rate down"
+    )
+    cooldown.add_argument(
+        "--images", type=int, help="images over which it falls (default: 10%% of those seen)"
+    )
+    for each in (pretrain, cooldown):
+        each.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
+        each.set_defaults(takes_keys=True)
+    _add_command(commands, "keys", _keys, "list all keys of the configuration with their defaults")
+    _add_command(commands, "schema", _schema, "print the configuration's JSON schema")
+    return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(run=run, takes_keys=False)
+    return parser
+
+
+def _read_config(arguments: argparse.Namespace) -> Config:
+    return load_config(arguments.config, os.environ, arguments.keys)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    config = _read_config(arguments)
+    if arguments.print_config:
+        sys.stdout.write(dump_config(config))
+        return
+    # torch takes seconds to import: not before the configuration is known to be right.
+    from streamswav.commands.pretrain import pretrain  # noqa: PLC0415
+
+    summary = pretrain(config)
+    if summary:
+        sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+
+
+def _cooldown(arguments: argparse.Namespace) -> None:
+    from streamswav.commands.pretrain import cooldown  # noqa: PLC0415
+
+    summary = cooldown(_read_config(arguments), images=arguments.images)
+    sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+
+
+def _keys(_: argparse.Namespace) -> None:
+    for section, field in Config.model_fields.items():
+        model = field.default
+        sys.stdout.write(f"\n{section}: {(type(model).__doc__ or '').strip()}\n")
+        for name, entry in type(model).model_fields.items():
+            default = "(chosen at start)" if entry.default is None else entry.default
+            sys.stdout.write(f"  {section}.{name} = {default}\n      {entry.description}\n")
+
+
+def _schema(_: argparse.Namespace) -> None:
+    sys.stdout.write(json.dumps(Config.model_json_schema(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,426 @@
+"""`streamswav pretrain`: put a run together from its configuration, and run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from streamswav import __version__
+from streamswav.config import Config, dump_config, parse_config
+from streamswav.crops import Augment, MultiCrop
+from streamswav.defaults import Facts, resolve
+from streamswav.errors import ConfigError, DrainedError, ManifestError, PositionError, StreamswavError
+from streamswav.models import SwAVNetwork, build_network
+from streamswav.stream.manifest import Manifest, list_manifest
+from streamswav.stream.plan import Grid
+from streamswav.stream.position import Position
+from streamswav.stream.samples import ShardReader
+from streamswav.stream.store import Store, join, redact
+from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
+from streamswav.telemetry.exporter import serve_metrics
+from streamswav.telemetry.metrics import Metrics
+from streamswav.telemetry.progress import Reporter
+from streamswav.training.checkpoint import CheckpointFolder, find_checkpoint
+from streamswav.training.distributed import Ranks, join_ranks, local_world_size
+from streamswav.training.feed import Feed, FeedSettings
+from streamswav.training.learner import Learner
+from streamswav.training.monitor import Monitor
+from streamswav.training.optim import build_optimizer
+from streamswav.training.pace import make_pace
+from streamswav.training.saver import Restored, Saver, load_into
+from streamswav.training.trainer import Trainer
+
+_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all parts of a run share once it has started."""
+
+    config: Config
+    manifest: Manifest
+    ranks: Ranks
+    store: Store
+    reporter: Reporter
+    metrics: Metrics
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Run, or go on with, the pretraining that the configuration describes.
+
+    Returns:
+        The summary that is written beside the checkpoints.
+
+    Raises:
+        DrainedError: stopped by a signal; everything is saved.
+        StreamswavError: as the configuration, the data or the store deserve.
+    """
+    _refuse_incomplete(config)
+    metrics = Metrics()
+    with join_ranks(config.training.device) as ranks:
+        port = config.telemetry.port if ranks.leads else 0
+        with serve_metrics(metrics, port=port, bind=config.telemetry.bind), _failure_seen(metrics):
+            reporter = Reporter(silent=not ranks.leads)
+            try:
+                run = _prepare(config, ranks, metrics, reporter)
+                return _train(run)
+            finally:
+                reporter.close()
+
+
+def _refuse_incomplete(config: Config) -> None:
+    if not config.stream.urls:
+        raise ConfigError("stream.urls", "say where the shards are, as --stream.urls s3://bucket/shards/")
+    if not config.run.directory:
+        raise ConfigError("run.directory", "say where the run is kept, as --run.directory runs/first")
+
+
+@contextmanager
+def _failure_seen(metrics: Metrics) -> Iterator[None]:
+    try:
+        yield
+    except DrainedError:
+        metrics.set_state("draining")
+        raise
+    except BaseException:
+        metrics.set_state("failed")
+        raise
+
+
+def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter) -> Run:
+    """List the shards, choose what was left open, and say so."""
+    _set_up_torch(config, ranks)
+    store = Store(config.storage)
+    manifest = _agreed_manifest(config, ranks, store, reporter)
+    facts = Facts(
+        world_size=ranks.world_size,
+        cores=max(1, len(os.sched_getaffinity(0)) // local_world_size()),
+        cuda=ranks.device.type == "cuda",
+        bfloat16=ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        shards=len(manifest.shards),
+        samples=manifest.samples,
+    )
+    resolved, choices = resolve(config, facts)
+    for choice in choices:
+        reporter.event(
+            "default", f"{choice.key} = {choice.value}  ({choice.reason})", key=choice.key, value=choice.value
+        )
+    batch = resolved.training.batch
+    if manifest.samples is not None and batch is not None and manifest.samples < batch:
+        raise ManifestError(
+            f"{redact(config.stream.urls[0])}: {manifest.samples} samples are fewer than one global batch "
+            f"(training.batch = {batch}); lower it or add data"
+        )
+    return Run(resolved, manifest, ranks, store, reporter, metrics)
+
+
+def _set_up_torch(config: Config, ranks: Ranks) -> None:
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+    torch.set_num_threads(config.training.threads or cores)
+    torch.manual_seed(config.stream.seed)
+    if config.training.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif ranks.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
+def _agreed_manifest(config: Config, ranks: Ranks, store: Store, reporter: Reporter) -> Manifest:
+    """Rank 0 lists the shards, or takes the run's frozen list, for all."""
+    answer: Manifest | StreamswavError | None = None
+    if ranks.leads:
+        try:
+            answer = _freeze_manifest(config, store, reporter)
+        except StreamswavError as error:
+            answer = error
+    answer = ranks.from_leader(answer)
+    assert answer is not None
+    if isinstance(answer, StreamswavError):
+        raise answer
+    return answer
+
+
+def _freeze_manifest(config: Config, store: Store, reporter: Reporter) -> Manifest:
+    """List the shards; a run that has begun keeps to the list it began with.
+
+    Raises:
+        PositionError: shards of the run's list are gone or were changed.
+    """
+    listed = list_manifest(config.stream.urls, store)
+    place = join(config.run.directory, "manifest.json")
+    if not store.exists(place):
+        store.write(place, json.dumps(listed.to_json()).encode())
+        return listed
+    frozen = Manifest.from_json(json.loads(store.read(place)))
+    there = {shard.key: shard for shard in listed.shards}
+    for shard in frozen.shards:
+        found = there.get(shard.key)
+        if found is None or found.size != shard.size:
+            what = "is gone" if found is None else "has another size"
+            raise PositionError(
+                f"{redact(place)}: shard {shard.key} of this run {what} below stream.urls; "
+                "bring it back, or choose another run.directory for other data"
+            )
+    new = len(listed.shards) - len(frozen.shards)
+    if new:
+        reporter.event("new_shards", f"{new} shards came after the run began: they are left for another run")
+    # Content may have moved as a whole, so today's URLs and versions hold for the shards of then.
+    return Manifest(tuple(there[shard.key] for shard in frozen.shards), frozen.samples)
+
+
+def _train(run: Run) -> dict[str, Any]:
+    config, ranks = run.config, run.ranks
+    folder = CheckpointFolder(
+        join(config.run.directory, "checkpoints"),
+        run.store,
+        warn=lambda text: run.reporter.event("warning", text),
+    )
+    saver = Saver(folder, config, ranks)
+    restored = saver.restore()
+    if ranks.leads:
+        run.store.write(join(config.run.directory, "config.yaml"), dump_config(config).encode())
+    monitor = Monitor(
+        run.metrics,
+        run.reporter,
+        ranks,
+        prototypes=_known(config.swav.prototypes),
+        log_seconds=config.telemetry.log_seconds,
+    )
+    monitor.describe(run.manifest, _about(config, ranks))
+    run.metrics.checkpoint_interval.set(60 * (config.checkpoint.minutes or math.inf))
+    with _drain_on_signals() as drain:
+        trainer, feed = _build_trainer(run, saver, monitor, restored, drain)
+        if trainer.done:
+            run.reporter.event("done", f"{config.run.directory}: this run is done ({feed.trained:,} images)")
+        else:
+            monitor.begin(images=feed.trained, loss_first=restored.loss_first if restored else None)
+            trainer.train()
+    run.metrics.set_state("done")
+    return _summarise(run, trainer, feed, monitor, saver)
+
+
+def _build_trainer(
+    run: Run, saver: Saver, monitor: Monitor, restored: Restored | None, drain: Callable[[], bool]
+) -> tuple[Trainer, Feed]:
+    config, ranks = run.config, run.ranks
+    batch = _known(config.training.batch)
+    learner = build_learner(config, ranks)
+    position = _start_position(run, restored)
+    position.plan(run.manifest)
+    if restored:
+        load_into(learner, restored, ranks, batch=batch)
+        run.reporter.event(
+            "resumed",
+            f"going on from {restored.checkpoint.url} ({position.trained:,} images)",
+            step=restored.step,
+        )
+    feed = Feed(
+        run.manifest,
+        position,
+        settings=FeedSettings(
+            passes=config.stream.passes,
+            workers=_known(config.loader.workers),
+            prefetch=config.loader.prefetch,
+            skip_ratio=config.stream.skip_ratio,
+            skip_probation=config.stream.skip_probation,
+        ),
+        reader=ShardReader(run.manifest, config.storage, read_ahead=config.loader.read_ahead),
+        crop=MultiCrop(config.crops, seed=config.stream.seed),
+        ranks=ranks,
+        drain=drain,
+        wants_save=lambda: saver.due(feed.trained),
+        wants_log=monitor.log_due,
+    )
+    trainer = Trainer(
+        learner=learner,
+        feed=feed,
+        augment=Augment(config.crops, device=ranks.device),
+        pace=make_pace(config, run.manifest.size),
+        saver=saver,
+        monitor=monitor,
+        step=restored.step if restored else 0,
+        images_limit=config.training.images,
+    )
+    return trainer, feed
+
+
+def build_learner(config: Config, ranks: Ranks) -> Learner:
+    """Build network, objective, queue and optimizer of a resolved configuration on this rank's device.
+
+    Raises:
+        ConfigError: what the configuration asks for does not exist or does not fit.
+    """
+    swav, training = config.swav, config.training
+    batch, local = _known(training.batch), _known(training.batch) // ranks.world_size
+    network = build_network(config.model, prototypes=_known(swav.prototypes))
+    network = network.to(memory_format=torch.channels_last).to(ranks.device)
+    length = usable_length(_known(swav.queue_length), batch) // ranks.world_size
+    queue = None
+    if length:
+        queue = FeatureQueue(length=length, dim=config.model.embedding, crops=len(swav.assigned_crops))
+        queue = queue.to(ranks.device)
+    optimizer = build_optimizer(config.optimizer, network.parameters())
+    wrapped = _distribute(network, config, ranks)
+    precision = training.precision
+    learner = Learner(
+        wrapped,
+        SwAVLoss(
+            epsilon=swav.epsilon or 0.05,
+            iterations=_known(swav.iterations),
+            temperature=swav.temperature,
+            assigned=tuple(swav.assigned_crops),
+            hard_codes=swav.hard_codes,
+            group=ranks.group,
+        ),
+        optimizer,
+        crops=sum(config.crops.counts),
+        queue=queue,
+        scaler=torch.amp.GradScaler("cuda") if precision == "float16" else None,
+        autocast=_AUTOCAST[precision],
+        learn_prototypes=swav.learn_prototypes,
+    )
+    if ranks.world_size > 1:
+        sizes = zip(config.crops.counts, config.crops.sizes, strict=True)
+        learner.rehearse([torch.zeros(n * local, 3, size, size, device=ranks.device) for n, size in sizes])
+    return learner
+
+
+def _distribute(network: SwAVNetwork, config: Config, ranks: Ranks) -> SwAVNetwork | DistributedDataParallel:
+    """Wrap for several ranks. SyncBatchNorm exists on GPUs alone; on the CPU statistics are each rank's."""
+    if ranks.world_size == 1:
+        return network
+    share = config.training.sync_batch_norm
+    if ranks.device.type == "cuda" and share != 1:
+        group = ranks.group
+        if share and share < ranks.world_size:
+            group = torch.distributed.new_subgroups(share)[0]
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network, group)  # type: ignore[no-untyped-call]  # torch
+    return DistributedDataParallel(
+        network,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        process_group=ranks.group,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _start_position(run: Run, restored: Restored | None) -> Position:
+    """The restored position, or the beginning.
+
+    Raises:
+        PositionError: the grid or seed of the configuration is not the run's.
+    """
+    config = run.config
+    grid = Grid(
+        _known(config.training.batch),
+        _known(config.stream.columns),
+        _known(config.stream.rows),
+        config.stream.window,
+    )
+    if restored is None:
+        return Position(run.manifest.digest, grid, config.stream.seed)
+    begun = restored.position.grid
+    if begun != grid:
+        raise PositionError(
+            f"the run began with training.batch, stream.columns, stream.rows, stream.window = "
+            f"{begun.batch}, {begun.columns}, {begun.rows}, {begun.window}; now they are "
+            f"{grid.batch}, {grid.columns}, {grid.rows}, {grid.window}: set them back"
+        )
+    return restored.position
+
+
+@contextmanager
+def _drain_on_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT ask for a drain; a second SIGINT ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _about(config: Config, ranks: Ranks) -> dict[str, str]:
+    digest = hashlib.blake2b(dump_config(config).encode(), digest_size=6).hexdigest()
+    return {"version": __version__, "world_size": str(ranks.world_size), "config_hash": digest}
+
+
+def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: Saver) -> dict[str, Any]:
+    config, position = run.config, feed.position
+    samples, loss = run.manifest.samples, monitor.loss_last
+    left = sum(len(piece.named() or ()) for piece in position.carried) if position.finished else None
+    summary = {
+        "images": position.trained,
+        "steps": trainer.step,
+        "images_per_second": round(monitor.images_per_second, 1),
+        "seed": config.stream.seed,
+        "loss_first": monitor.loss_first,
+        "loss_last": loss if math.isfinite(loss) else None,
+        "ln_prototypes": math.log(_known(config.swav.prototypes)),
+        "stream": {
+            "manifest": None if samples is None else samples * config.stream.passes,
+            "trained": position.trained,
+            "quarantined": sum(position.quarantined.values()),
+            "damages": len(position.damages),
+            "left": left,
+            "passes": config.stream.passes,
+        },
+        "checkpoint": saver.last.url if saver.last else None,
+        "shards_url": redact(config.stream.urls[0]),
+    }
+    place = join(config.run.directory, "summary.json")
+    if run.ranks.leads and monitor.images_per_second > 0:
+        run.store.write(place, json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def _known(value: int | None) -> int:
+    assert value is not None, "resolved at start"
+    return value
+
+
+def cooldown(config: Config, *, images: int | None) -> dict[str, Any]:
+    """Go on with a run of constant rate for `images` more, over which the rate falls to its end.
+
+    Args:
+        config: the run's configuration.
+        images: default: a tenth of those seen.
+
+    Raises:
+        CheckpointError: there is nothing to go on from.
+        StreamswavError: as `pretrain`.
+    """
+    _refuse_incomplete(config)
+    checkpoint, files = find_checkpoint(config.run.directory, Store(config.storage))
+    seen = Position.from_json(json.loads(files["position.json"])).trained
+    saved = parse_config(yaml.safe_load(files["config.yaml"]))
+    # A cool-down that was interrupted goes on to the end it had.
+    if saved.optimizer.cooldown_images and saved.training.images:
+        return pretrain(_with_end(config, saved.optimizer.cooldown_images, saved.training.images))
+    length = images or seen // 10
+    return pretrain(_with_end(config, length, checkpoint.images + length))
+
+
+def _with_end(config: Config, length: int, end: int) -> Config:
+    values = config.model_dump()
+    values["optimizer"] |= {"schedule": "constant", "cooldown_images": length}
+    values["training"]["images"] = end
+    return parse_config(values)
