@@ -419,7 +419,6 @@ class _Web(_Remote):
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds),
                 headers={"Accept-Encoding": "identity"},
                 auto_decompress=False,
-                trust_env=True,
             )
             self._close_at_exit(self._session.close)
         return self._session
@@ -471,6 +470,7 @@ def _filesystem(section: StorageSection) -> s3fs.S3FileSystem:
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
         },
+        asynchronous=True,  # its methods are awaited here; otherwise it would wait inside the collector
         skip_instance_cache=True,
         use_listings_cache=False,
     )
@@ -498,8 +498,9 @@ def _close(
     if os.getpid() != owner or not loop.is_running():
         return
     closing = asyncio.run_coroutine_threadsafe(close(), loop)
-    # The garbage collector may have come by on the loop's own thread, which cannot wait for itself.
-    if fsspec.asyn.iothread[0] is not threading.current_thread():
+    # The garbage collector comes by in any thread, under any lock: it must not wait. At exit, when the
+    # main thread counts as stopped, somebody has to.
+    if not threading.main_thread().is_alive():
         with contextlib.suppress(TimeoutError):
             closing.result(timeout=5)
 
