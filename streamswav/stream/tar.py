@@ -21,7 +21,7 @@ IMAGE_EXTENSIONS = frozenset(
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh")  # gzip, zstd, xz, bzip2
 _REGULAR = (b"0", b"\0", b"7")
 _EXTENSION_LIMIT = 1 << 20  # a long name or PAX record; anything larger is damage, not a name
 
@@ -166,10 +166,7 @@ def _read_member(feed: _Feed, size: int | None) -> _Member | None:
         if header == _ZEROS:
             _check_end(feed, start)
             return None
-        if len(header) < _BLOCK:
-            reason = "truncated" if feed.offset > start else "no_end_of_archive"
-            raise DamageError(reason, start, feed.offset)
-        _check_header(header, feed.offset)
+        _check_header(header, start, feed.offset)
         kind = header[156:157]
         length = long_size if long_size is not None else _number(header[124:136], feed.offset)
         if kind in (b"x", b"L"):
@@ -200,14 +197,14 @@ def _read_extension(feed: _Feed, start: int, length: int) -> bytes:
     return _read_data(feed, start, length, None)
 
 
-def _check_header(header: bytes, stop: int) -> None:
-    start = stop - _BLOCK
-    if start == 0:
-        for magic in _COMPRESSED:
-            if header.startswith(magic):
-                raise DamageError("compressed", start, stop)
+def _check_header(header: bytes, start: int, stop: int) -> None:
+    """Refuse what is no whole header; the member's headers began at `start`, this one ends at `stop`."""
+    if stop == len(header) and any(header.startswith(magic) for magic in _COMPRESSED):
+        raise DamageError("compressed", start, stop)
+    if len(header) < _BLOCK:
+        raise DamageError("truncated" if stop > start else "no_end_of_archive", start, stop)
     if not _valid_checksum(header):
-        raise DamageError("bad_header", start, stop)
+        raise DamageError("bad_header", stop - _BLOCK, stop)
 
 
 def _valid_checksum(header: bytes) -> bool:

@@ -1,0 +1,112 @@
+"""Configuration: sources, precedence, and one clear line for what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from streamswav.config import Config, dump_config, keys, load_config
+from streamswav.errors import ConfigError
+
+RECIPES = sorted((Path(__file__).parents[2] / "ops" / "recipes").glob("*.yaml"))
+
+
+def message(**sources):
+    with pytest.raises(ConfigError) as caught:
+        load_config(**sources)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("swav: {epsilon: 0.1, temperature: 0.2}\noptimizer: {rate: 1}\n")
+    environment = {"STREAMSWAV_SWAV__EPSILON": "0.2", "STREAMSWAV_OPTIMIZER__RATE": "2", "OTHER": "x"}
+    config = load_config(file, environment, ["--swav.epsilon", "0.3"])
+    assert (config.swav.epsilon, config.swav.temperature, config.optimizer.rate) == (0.3, 0.2, 2.0)
+
+
+def test_a_dumped_configuration_reads_back_equal(tmp_path):
+    config = load_config(arguments=["--stream.urls", "s3://b/x", "--crops.scales", "[[0.2,1],[0.1,0.2]]"])
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_a_single_url_is_a_list_of_one():
+    assert load_config(arguments=["--stream.urls=s3://bucket/p"]).stream.urls == ["s3://bucket/p"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--swav.epsilom", "1"], ["swav.epsilom", "1", "swav.epsilon"]),
+        (["--crop.sizes", "[1]"], ["crop", "crops"]),
+        (["--swav.epsilon", "abc"], ["swav.epsilon", "abc", "number"]),
+        (["--swav.epsilon", "0.0001"], ["swav.epsilon", "0.0001", "0.001"]),
+        (
+            ["--training.batch", "64", "--swav.queue_length", "10"],
+            ["swav.queue_length", "10", "shorter", "64"],
+        ),
+        (["--training.batch", "64", "--stream.columns", "5"], ["stream.columns", "5", "64"]),
+        (["--crops.counts", "[2]"], ["crops.counts", "[2]", "2 crops.sizes"]),
+        (["--swav.assigned_crops", "[0,9]"], ["swav.assigned_crops", "[0, 9]", "8 crops"]),
+        (["--loader.workers", "4", "--stream.rows", "6"], ["stream.rows", "6", "4"]),
+        (["--training.batch"], ["training.batch", "no value"]),
+        (["stray"], ["stray", "--section.key value"]),
+        (["--model.stem", "large"], ["model.stem", "large", "imagenet"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_key_value_and_reason(arguments, parts):
+    text = message(arguments=arguments)
+    assert all(part in text for part in parts), text
+
+
+def test_a_misspelt_key_in_the_environment_is_named():
+    assert "stream.sed" in message(environment={"STREAMSWAV_STREAM__SED": "1"})
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    assert "no such file" in message(file=tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    assert "not YAML" in message(file=tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "sections" in message(file=tmp_path / "list.yaml")
+
+
+def test_the_configuration_is_frozen():
+    with pytest.raises(ValidationError):
+        Config().swav.epsilon = 1
+
+
+def test_every_key_is_described_and_the_schema_is_json():
+    schema = json.loads(json.dumps(Config.model_json_schema()))
+    for key in keys():
+        section, name = key.split(".")
+        model = schema["properties"][section]["$ref"].rpartition("/")[2]
+        assert schema["$defs"][model]["properties"][name]["description"], key
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_valid_configuration_that_opens_with_its_lab_book_page(recipe):
+    load_config(recipe)
+    head = recipe.read_text().split("\n\n")[0]
+    for word in ("Command:", "Hardware:", "Hours:", "Expected:", "Source:"):
+        assert word in head, f"{recipe.name} does not say its {word}"
+
+
+def test_the_papers_recipes_are_there():
+    assert {path.stem for path in RECIPES} >= {
+        "quickstart",
+        "r50-100ep-4096",
+        "r50-200ep-4096",
+        "r50-400ep-4096",
+        "r50-800ep-4096",
+        "r50-400ep-2x224",
+        "r50-200ep-256",
+        "r50-400ep-256",
+        "r50-200ep-256-2x160",
+        "r50w2-400ep",
+        "r50w4-400ep",
+        "r50w5-400ep",
+    }
