@@ -39,7 +39,7 @@ def sinkhorn(
     highest = _all_reduce(scores.amax(dim=-2, keepdim=True).to(precision), dist.ReduceOp.MAX, group)
     # Dividing by epsilon magnifies the rounding of these differences; they alone need more than float32.
     wide = (scores - highest.double()).div_(epsilon)
-    mass = wide.to(precision).exp_()
+    mass = wide.to(precision, copy=True).exp_()
     logits = wide.sub_(wide.amax(dim=-1, keepdim=True)).to(precision)
     del wide
     log_scale, shifted = torch.zeros_like(highest, dtype=torch.float64), torch.empty_like(logits)
