@@ -1,1 +1,29 @@
-"""Multi-crop: boxes, decoding, resizing on the CPU, and batched augmentation on the device."""
+"""Multi-crop: boxes, decoding, resizing on the CPU, and batched augmentation on the device.
+
+    bytes -> MultiCrop -> Crops -> collate -> Augment -> what the network sees
+
+`decode` stays in `streamswav.crops.decode`, whose name it shares.
+"""
+
+from streamswav.crops.augment import Augment, normalise
+from streamswav.crops.boxes import draw_boxes
+from streamswav.crops.decode import image_size, sniff
+from streamswav.crops.multicrop import Crops, MultiCrop, centre_crop, collate
+from streamswav.crops.parameters import ORDERS, Column, draw_parameters
+from streamswav.crops.philox import uniforms
+
+__all__ = [
+    "ORDERS",
+    "Augment",
+    "Column",
+    "Crops",
+    "MultiCrop",
+    "centre_crop",
+    "collate",
+    "draw_boxes",
+    "draw_parameters",
+    "image_size",
+    "normalise",
+    "sniff",
+    "uniforms",
+]

@@ -1,0 +1,82 @@
+"""Where the crops of an image lie, and how small it may be decoded for them. Pure."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+ATTEMPTS = 10
+DRAWS = 2 * ATTEMPTS + 2
+"""Uniform numbers that one box takes."""
+
+JPEG_SCALES = (4, 2)
+MARGIN = 1.25
+
+
+def draw_boxes(
+    uniforms: NDArray[np.float64],
+    *,
+    height: int,
+    width: int,
+    scales: NDArray[np.float64],
+    aspect: tuple[float, float],
+) -> NDArray[np.int64]:
+    """Draw one box a row, by the rule of torchvision's `RandomResizedCrop` (paper, appendix A.2).
+
+    A share of the image's area is drawn uniformly and an aspect ratio log-uniformly, ten times over; the
+    first pair that fits is placed uniformly. Where none fits, the box is the largest centred one whose
+    aspect ratio is allowed.
+
+    Args:
+        uniforms: float64 [n, DRAWS] in [0, 1).
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scales: float64 [n, 2], smallest and largest share of the image's area.
+        aspect: smallest and largest width over height.
+
+    Returns:
+        int64 [n, 4]: top, left, height, width in pixels, inside the image.
+    """
+    shares, ratios, places = np.split(uniforms, [ATTEMPTS, 2 * ATTEMPTS], axis=1)
+    low, high = scales[:, :1], scales[:, 1:]
+    areas = height * width * (low + (high - low) * shares)
+    log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
+    aspects = np.exp(log_low + (log_high - log_low) * ratios)
+
+    widths, heights = np.rint(np.sqrt(areas * aspects)), np.rint(np.sqrt(areas / aspects))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    rows, first = np.arange(len(fits)), fits.argmax(axis=1)
+    sizes = np.stack((heights[rows, first], widths[rows, first]), axis=1)
+    room = np.array((height, width)) - sizes
+    corners = np.floor(places * (room + 1))
+
+    boxes = np.concatenate((corners, sizes), axis=1).astype(np.int64)
+    boxes[~fits.any(axis=1)] = _central_box(height, width, aspect)
+    return boxes
+
+
+def decoding_scale(boxes: NDArray[np.int64], sizes: NDArray[np.int64]) -> int:
+    """Return the k of the smallest JPEG scale 1/k (1, 2 or 4) that no crop notices.
+
+    Every box must still have `MARGIN` times the pixels of its crop along either side: at exactly the crop's
+    size the scaled transform's sharper filter shows (mean difference 1.7 levels of 255 on photographs,
+    gradients a quarter larger), at this margin it does not (0.8 levels, gradients equal to 2%).
+
+    Args:
+        boxes: int64 [n, 4]: top, left, height, width.
+        sizes: int64 [n], edges of the crops in pixels.
+    """
+    slack = (boxes[:, 2:].min(axis=1) / sizes).min()
+    return next((k for k in JPEG_SCALES if slack >= k * MARGIN), 1)
+
+
+def _central_box(height: int, width: int, aspect: tuple[float, float]) -> tuple[int, int, int, int]:
+    low, high = aspect
+    box_height, box_width = height, width
+    if width / height < low:
+        box_height = round(width / low)
+    elif width / height > high:
+        box_width = round(height * high)
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width

@@ -1,0 +1,211 @@
+"""Encoded images to RGB pixels. Whatever the bytes, only `DecodeError` comes out.
+
+Formats are told by their bytes. JPEG is decoded by libjpeg-turbo through simplejpeg, at a reduced scale where
+that is enough; everything else, and JPEG that simplejpeg cannot handle, by Pillow. Transparency is dropped,
+as torchvision's loader does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from streamswav.errors import DecodeError
+
+_SIGNATURES = re.compile(
+    rb"(?P<jpeg>\xff\xd8\xff)"
+    rb"|(?P<png>\x89PNG\r\n\x1a\n)"
+    rb"|(?P<webp>RIFF.{4}WEBP)"
+    rb"|(?P<gif>GIF8[79]a)"
+    rb"|(?P<bmp>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)"
+    rb"|(?P<tiff>II[\x2a\x2b]\0|MM\0[\x2a\x2b])"
+    rb"|(?P<avif>.{4}ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4}){0,8}?avi[fs]))"
+    rb"|(?P<heic>.{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1))"
+    rb"|(?P<jpeg2000>\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51)"
+    rb"|(?P<jxl>\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a)"
+    rb"|(?P<pnm>P[1-6]\s+[\d#])"
+    rb"|(?P<qoi>qoif)",
+    re.DOTALL,
+)
+
+_PILLOW_NAMES = {"pnm": "PPM", "heic": "HEIF"}
+_UNSUPPORTED_MODES = ("F", "LAB")
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
+"""EXIF orientation: quarter turns to the left, then whether to mirror left to right."""
+
+
+def sniff(data: bytes) -> str | None:
+    """Name the image format of `data` ("jpeg", "png", "webp", ...); None if it is none that is known."""
+    match = _SIGNATURES.match(data)
+    return match.lastgroup if match else None
+
+
+def image_size(data: bytes, *, exif_orientation: bool = False) -> tuple[int, int]:
+    """Read (height, width) in pixels from the header.
+
+    Args:
+        data: an encoded image.
+        exif_orientation: as it is once turned by its EXIF orientation.
+
+    Raises:
+        DecodeError: there is no image, or its header cannot be read.
+    """
+    height, width = _header_size(data, _format(data))
+    sideways = exif_orientation and _orientation(data) >= 5
+    return (width, height) if sideways else (height, width)
+
+
+def decode(
+    data: bytes, *, max_pixels: int, scale: int = 1, exif_orientation: bool = False
+) -> NDArray[np.uint8]:
+    """Decode the first frame to RGB.
+
+    Args:
+        data: an encoded image.
+        max_pixels: height times width beyond which nothing is decoded. Pillow has a bound of its own,
+            178,956,970 unless its `MAX_IMAGE_PIXELS` is changed, for what it decodes.
+        scale: 1, 2 or 4. A JPEG is decoded at 1/scale, each side rounded up; others are not scaled.
+        exif_orientation: turn the image by its EXIF orientation.
+
+    Returns:
+        uint8 [H, W, 3], writable.
+
+    Raises:
+        DecodeError: with reason "empty", "not_an_image", "unsupported", "too_large", "truncated" or
+            "corrupt". Never a part of an image.
+    """
+    kind = _format(data)
+    height, width = _header_size(data, kind)
+    if height * width > max_pixels:
+        raise DecodeError("too_large", f"{height} x {width} is more than {max_pixels} pixels")
+    if kind == "jpeg":
+        pixels = _decode_jpeg(data, -(-height // scale), -(-width // scale))
+    else:
+        pixels = _decode_with_pillow(data, kind)
+    return _turn(pixels, _orientation(data)) if exif_orientation else pixels
+
+
+def _format(data: bytes) -> str:
+    if not data:
+        raise DecodeError("empty", "no bytes")
+    kind = sniff(data)
+    if kind is None:
+        raise DecodeError("not_an_image", f"begins with {data[:8].hex(' ')}")
+    return kind
+
+
+def _header_size(data: bytes, kind: str) -> tuple[int, int]:
+    height, width = _jpeg_size(data) if kind == "jpeg" else _size_by_pillow(data, kind)
+    if not height * width:
+        raise DecodeError("empty", f"{height} x {width} pixels")
+    return height, width
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return _size_by_pillow(data, "jpeg")
+    return height, width
+
+
+def _size_by_pillow(data: bytes, kind: str) -> tuple[int, int]:
+    with _opened(data, kind) as image:
+        return image.height, image.width
+
+
+def _decode_jpeg(data: bytes, height: int, width: int) -> NDArray[np.uint8]:
+    """Decode at the smallest scale that is at least height x width."""
+    try:
+        colour_space = simplejpeg.decode_jpeg_header(data)[2]
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
+    except ValueError as error:
+        _refuse_damage(str(error))
+    else:
+        if colour_space not in ("CMYK", "YCCK"):
+            return pixels
+    return _decode_with_pillow(data, "jpeg")
+
+
+def _refuse_damage(complaint: str) -> None:
+    """Raise for what libjpeg says of missing data; return for the rest, of which Pillow is the arbiter."""
+    if "premature end" in complaint.lower():
+        raise DecodeError("truncated", complaint) from None
+    if "bad Huffman code" in complaint or "instead of RST" in complaint:
+        raise DecodeError("corrupt", complaint) from None
+
+
+def _decode_with_pillow(data: bytes, kind: str) -> NDArray[np.uint8]:
+    with _opened(data, kind) as image:
+        pixels = _rgb(image)
+    if kind == "jpeg" and (pixels[-4:, -4:] == 128).all():
+        raise DecodeError("truncated", "ends in the grey that stands for missing data")
+    return pixels
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
+    """Open with Pillow's reader of that format alone; anything raised inside becomes a `DecodeError`."""
+    name = _PILLOW_NAMES.get(kind, kind.upper())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=[name]) as image:
+                yield image
+        except DecodeError:
+            raise
+        # On damaged bytes Pillow's readers raise whatever their code runs into, a dozen types by now.
+        except Exception as error:
+            raise _decode_error(error, kind) from None
+
+
+def _decode_error(error: Exception, kind: str) -> DecodeError:
+    detail = " ".join(str(error).split())
+    if isinstance(error, KeyError) and kind.upper() not in Image.OPEN:
+        return DecodeError("unsupported", f"Pillow reads no {kind} here")
+    if isinstance(error, Image.DecompressionBombError):
+        return DecodeError("too_large", detail)
+    if isinstance(error, UnidentifiedImageError):
+        return DecodeError("corrupt", f"the header of the {kind} cannot be read")
+    if isinstance(error, EOFError) or "truncated" in detail.lower():
+        return DecodeError("truncated", detail)
+    return DecodeError("corrupt", f"{type(error).__name__}: {detail}")
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    image.load()
+    if image.mode in _UNSUPPORTED_MODES:
+        raise DecodeError("unsupported", f"pixels of mode {image.mode}")
+    if image.mode.startswith("I"):
+        return np.repeat(_from_16_bits(np.asarray(image))[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def _from_16_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Scale 0..65535 to 0..255, to the nearest. Pillow hands 16 bits out as 32 for some formats."""
+    if grey.min() < 0 or grey.max() > 65535:
+        raise DecodeError("unsupported", "samples of 32 bits")
+    return ((grey.astype(np.int64) + 128) // 257).astype(np.uint8)
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF orientation, 1 to 8; 1, upright, also where there is none that can be read."""
+    with contextlib.suppress(DecodeError), _opened(data, _format(data)) as image:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        return orientation if orientation in _TURNS else 1
+    return 1
+
+
+def _turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    quarters, mirrored = _TURNS.get(orientation, (0, False))
+    turned = np.rot90(pixels, quarters)
+    return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)

@@ -1,0 +1,140 @@
+"""From the bytes of an image to its crops, uint8, and the parameters of their augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamswav.config import CropsSection
+from streamswav.crops import boxes as box_rules
+from streamswav.crops import parameters as augmentation
+from streamswav.crops.decode import decode, image_size
+from streamswav.crops.philox import uniforms
+from streamswav.errors import DecodeError
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The crops of one sample."""
+
+    pixels: tuple[Tensor, ...]
+    """A resolution each: uint8 [count, S, S, 3]."""
+    parameters: Tensor
+    """float32 [crops, len(Column)], in the order of the resolutions."""
+
+
+class MultiCrop:
+    """Multi-crop (paper, section 3.2): several random crops of one image, at several resolutions."""
+
+    def __init__(self, section: CropsSection, *, seed: int) -> None:
+        self._section, self._seed = section, seed
+        self._sizes = np.repeat(np.array(section.sizes), section.counts)
+        self._scales = np.repeat(np.array(section.scales, dtype=np.float64), section.counts, axis=0)
+
+    def __call__(self, image: bytes, *, key: tuple[int, ...]) -> Crops:
+        """Decode the image once and cut all its crops.
+
+        Args:
+            image: an encoded image.
+            key: what the random numbers depend on beside the seed: (pass, hash of shard key, ordinal).
+
+        Raises:
+            DecodeError: the image cannot be used.
+        """
+        section = self._section
+        height, width = image_size(image, exif_orientation=section.exif_orientation)
+        for_boxes, for_augmentation = self._uniforms(key)
+        boxes = box_rules.draw_boxes(
+            for_boxes, height=height, width=width, scales=self._scales, aspect=section.aspect
+        )
+        pixels = decode(
+            image,
+            max_pixels=section.max_pixels,
+            scale=box_rules.decoding_scale(boxes, self._sizes),
+            exif_orientation=section.exif_orientation,
+        )
+        crops = self._cut(pixels, _rescale(boxes, (height, width), pixels.shape[:2]))
+        return Crops(crops, torch.from_numpy(augmentation.draw_parameters(for_augmentation, section)))
+
+    def _uniforms(self, key: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        draws = box_rules.DRAWS + augmentation.DRAWS
+        rows = uniforms(len(self._sizes) * draws, "crops", self._seed, *key).reshape(-1, draws)
+        return rows[:, : box_rules.DRAWS], rows[:, box_rules.DRAWS :]
+
+    def _cut(self, pixels: NDArray[np.uint8], boxes: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        remaining = iter(boxes.tolist())
+        resolutions = []
+        for size, count in zip(self._section.sizes, self._section.counts, strict=True):
+            crops = torch.empty((count, size, size, 3), dtype=torch.uint8)
+            for crop in crops:
+                top, left, height, width = next(remaining)
+                crop.copy_(_resize(pixels[top : top + height, left : left + width], size, size))
+            resolutions.append(crops)
+        return tuple(resolutions)
+
+
+def collate(samples: Sequence[Crops]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Stack the crops of a batch, crop-major.
+
+    Returns:
+        pixels, a resolution each: uint8 [count, B, S, S, 3]; and parameters: float32 [crops, B, columns],
+        which `parameters.split(counts)` deals to the resolutions.
+    """
+    pixels = tuple(torch.stack(crops, dim=1) for crops in zip(*(s.pixels for s in samples), strict=True))
+    return pixels, torch.stack([sample.parameters for sample in samples], dim=1)
+
+
+def centre_crop(
+    image: bytes, *, resize: int, crop: int, max_pixels: int, exif_orientation: bool = False
+) -> NDArray[np.uint8]:
+    """Evaluate on this: the shorter side resized to `resize`, then the central square (paper, appendix A.3).
+
+    Args:
+        image: an encoded image.
+        resize: shorter side after resizing, in pixels.
+        crop: edge of the square, at most `resize`.
+        max_pixels: bound on the image, before and after resizing.
+        exif_orientation: turn the image by its EXIF orientation.
+
+    Returns:
+        uint8 [crop, crop, 3].
+
+    Raises:
+        DecodeError: the image cannot be used.
+        ValueError: the crop does not fit.
+    """
+    if crop > resize:
+        raise ValueError(f"a crop of {crop} does not fit into a shorter side of {resize}")
+    height, width = image_size(image, exif_orientation=exif_orientation)
+    shorter = min(height, width)
+    new_height, new_width = resize * height // shorter, resize * width // shorter
+    if new_height * new_width > max_pixels:
+        raise DecodeError("too_large", f"{height} x {width} is too long to be resized to {resize}")
+    box = np.array([[0, 0, height, width]])
+    scale = box_rules.decoding_scale(box, np.array([resize]))
+    pixels = decode(image, max_pixels=max_pixels, scale=scale, exif_orientation=exif_orientation)
+    top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
+    resized = _resize(pixels, new_height, new_width)
+    return resized[top : top + crop, left : left + crop].numpy()
+
+
+def _rescale(boxes: NDArray[np.int64], drawn: tuple[int, int], decoded: tuple[int, ...]) -> NDArray[np.int64]:
+    """Move boxes from the header's size to the decoded one, edges to the nearest pixel."""
+    if drawn == decoded:
+        return boxes
+    ratio = np.array(decoded) / np.array(drawn)
+    corners = np.rint(boxes[:, :2] * ratio)
+    edges = np.rint((boxes[:, :2] + boxes[:, 2:]) * ratio)
+    return np.concatenate((corners, np.maximum(edges - corners, 1)), axis=1).astype(np.int64)
+
+
+def _resize(pixels: NDArray[np.uint8], height: int, width: int) -> Tensor:
+    """Resize [H, W, 3] bilinearly, antialiased. PyTorch is fast on contiguous channels-last bytes alone."""
+    batch = torch.from_numpy(np.array(pixels[None])).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0)
