@@ -247,12 +247,13 @@ def _build_trainer(
     trainer = Trainer(
         learner=learner,
         feed=feed,
-        augment=Augment(config.crops, device=ranks.device),
+        augment=Augment(config.crops),
         pace=make_pace(config, run.manifest.size),
         saver=saver,
         monitor=monitor,
         step=restored.step if restored else 0,
         images_limit=config.training.images,
+        device=ranks.device,
     )
     return trainer, feed
 

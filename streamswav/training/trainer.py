@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from streamswav.crops import Augment
 from streamswav.errors import DrainedError
 from streamswav.loader import Batch
@@ -32,9 +34,11 @@ class Trainer:
         monitor: Monitor,
         step: int,
         images_limit: int | None,
+        device: torch.device,
     ) -> None:
         self._learner, self._feed, self._augment, self._pace = learner, feed, augment, pace
         self._saver, self._monitor, self._images_limit = saver, monitor, images_limit
+        self._device = device
         self.step = step
 
     def train(self) -> None:
@@ -48,7 +52,7 @@ class Trainer:
         for batch in self._batches():
             stride = self._pace.stride(feed.trained, feed.committed_bytes)
             with monitor.phase("h2d"):
-                crops = self._augment.all(batch.pixels, batch.parameters)
+                crops = self._augmented(batch)
             with monitor.phase("forward_backward"):
                 result = self._learner.step(
                     crops,
@@ -82,6 +86,15 @@ class Trainer:
             if batch is None:
                 return
             yield batch
+
+    def _augmented(self, batch: Batch) -> list[torch.Tensor]:
+        """Move the crops to the device and augment them there, resolution by resolution."""
+        counts = [len(pixels) for pixels in batch.pixels]
+        by_resolution = zip(batch.pixels, torch.split(batch.parameters, counts), strict=True)
+        return [
+            self._augment(pixels.to(self._device, non_blocking=True), parameters)
+            for pixels, parameters in by_resolution
+        ]
 
     def _log(self, rate: float) -> None:
         images = self._feed.trained
