@@ -9,7 +9,7 @@ from streamswav.crops.augment import Augment, normalise
 from streamswav.crops.boxes import draw_boxes
 from streamswav.crops.decode import image_size, sniff
 from streamswav.crops.multicrop import Crops, MultiCrop, centre_crop, collate
-from streamswav.crops.parameters import ORDERS, Column, draw_parameters
+from streamswav.crops.parameters import ORDERS, Column, ParameterLaw
 from streamswav.crops.philox import uniforms
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
     "Column",
     "Crops",
     "MultiCrop",
+    "ParameterLaw",
     "centre_crop",
     "collate",
     "draw_boxes",
-    "draw_parameters",
     "image_size",
     "normalise",
     "sniff",

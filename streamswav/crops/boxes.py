@@ -39,20 +39,19 @@ def draw_boxes(
     Returns:
         int64 [n, 4]: top, left, height, width in pixels, inside the image.
     """
-    shares, ratios, places = np.split(uniforms, [ATTEMPTS, 2 * ATTEMPTS], axis=1)
-    low, high = scales[:, :1], scales[:, 1:]
-    areas = height * width * (low + (high - low) * shares)
-    log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
-    aspects = np.exp(log_low + (log_high - log_low) * ratios)
+    low, high = scales.T[:, :, None]
+    roots = np.sqrt(height * width * (low + (high - low) * uniforms[:, :ATTEMPTS]))
+    log_low, log_high = math.log(aspect[0]) / 2, math.log(aspect[1]) / 2
+    stretches = np.exp(log_low + (log_high - log_low) * uniforms[:, ATTEMPTS : 2 * ATTEMPTS])
 
-    widths, heights = np.rint(np.sqrt(areas * aspects)), np.rint(np.sqrt(areas / aspects))
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    rows, first = np.arange(len(fits)), fits.argmax(axis=1)
-    sizes = np.stack((heights[rows, first], widths[rows, first]), axis=1)
-    room = np.array((height, width)) - sizes
-    corners = np.floor(places * (room + 1))
+    limits = np.array(((height,), (width,)))
+    sides = np.rint(np.stack((roots / stretches, roots * stretches)))
+    fits = ((sides > 0) & (sides <= limits[:, :, None])).all(axis=0)
+    first = fits.argmax(axis=1)
+    sides = sides[:, np.arange(len(first)), first]
+    corners = np.floor(uniforms[:, 2 * ATTEMPTS :].T * (limits - sides + 1))
 
-    boxes = np.concatenate((corners, sizes), axis=1).astype(np.int64)
+    boxes = np.concatenate((corners, sides)).T.astype(np.int64)
     boxes[~fits.any(axis=1)] = _central_box(height, width, aspect)
     return boxes
 

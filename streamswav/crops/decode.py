@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 
@@ -38,6 +39,7 @@ _SIGNATURES = re.compile(
 
 _PILLOW_NAMES = {"pnm": "PPM", "heic": "HEIF"}
 _UNSUPPORTED_MODES = ("F", "LAB")
+_PNG_SIZE = struct.Struct(">II")
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 """EXIF orientation: quarter turns to the left, then whether to mirror left to right."""
@@ -60,6 +62,8 @@ def image_size(data: bytes, *, exif_orientation: bool = False) -> tuple[int, int
         DecodeError: there is no image, or its header cannot be read.
     """
     height, width = _header_size(data, _format(data))
+    if not height * width:
+        raise DecodeError("empty", f"{height} x {width} pixels")
     sideways = exif_orientation and _orientation(data) >= 5
     return (width, height) if sideways else (height, width)
 
@@ -84,13 +88,11 @@ def decode(
             "corrupt". Never a part of an image.
     """
     kind = _format(data)
-    height, width = _header_size(data, kind)
-    if height * width > max_pixels:
-        raise DecodeError("too_large", f"{height} x {width} is more than {max_pixels} pixels")
-    if kind == "jpeg":
-        pixels = _decode_jpeg(data, -(-height // scale), -(-width // scale))
-    else:
-        pixels = _decode_with_pillow(data, kind)
+    pixels = (
+        _decode_jpeg(data, max_pixels=max_pixels, scale=scale)
+        if kind == "jpeg"
+        else _decode_with_pillow(data, kind, max_pixels=max_pixels)
+    )
     return _turn(pixels, _orientation(data)) if exif_orientation else pixels
 
 
@@ -104,36 +106,46 @@ def _format(data: bytes) -> str:
 
 
 def _header_size(data: bytes, kind: str) -> tuple[int, int]:
-    height, width = _jpeg_size(data) if kind == "jpeg" else _size_by_pillow(data, kind)
-    if not height * width:
-        raise DecodeError("empty", f"{height} x {width} pixels")
-    return height, width
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return _size_by_pillow(data, "jpeg")
-    return height, width
-
-
-def _size_by_pillow(data: bytes, kind: str) -> tuple[int, int]:
+    if kind == "jpeg":
+        return _jpeg_header(data)[:2]
+    if kind == "png" and data[12:16] == b"IHDR" and len(data) >= 24:
+        return _PNG_SIZE.unpack_from(data, 16)[::-1]
     with _opened(data, kind) as image:
         return image.height, image.width
 
 
-def _decode_jpeg(data: bytes, height: int, width: int) -> NDArray[np.uint8]:
-    """Decode at the smallest scale that is at least height x width."""
+def _jpeg_header(data: bytes) -> tuple[int, int, str]:
+    """Read height, width and colour space; Pillow knows some layouts that simplejpeg does not."""
     try:
-        colour_space = simplejpeg.decode_jpeg_header(data)[2]
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
+        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        with _opened(data, "jpeg") as image:
+            return image.height, image.width, image.mode
+    return height, width, colour_space
+
+
+def _decode_jpeg(data: bytes, *, max_pixels: int, scale: int) -> NDArray[np.uint8]:
+    height, width, colour_space = _jpeg_header(data)
+    _check_size(height, width, max_pixels)
+    smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale)}
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, **smallest)
     except ValueError as error:
         _refuse_damage(str(error))
     else:
         if colour_space not in ("CMYK", "YCCK"):
             return pixels
-    return _decode_with_pillow(data, "jpeg")
+    pixels = _decode_with_pillow(data, "jpeg", max_pixels=max_pixels)
+    if (pixels[-4:, -4:] == 128).all():
+        raise DecodeError("truncated", "ends in the grey that stands for missing data")
+    return pixels
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if not height * width:
+        raise DecodeError("empty", f"{height} x {width} pixels")
+    if height * width > max_pixels:
+        raise DecodeError("too_large", f"{height} x {width} is more than {max_pixels} pixels")
 
 
 def _refuse_damage(complaint: str) -> None:
@@ -144,12 +156,10 @@ def _refuse_damage(complaint: str) -> None:
         raise DecodeError("corrupt", complaint) from None
 
 
-def _decode_with_pillow(data: bytes, kind: str) -> NDArray[np.uint8]:
+def _decode_with_pillow(data: bytes, kind: str, *, max_pixels: int) -> NDArray[np.uint8]:
     with _opened(data, kind) as image:
-        pixels = _rgb(image)
-    if kind == "jpeg" and (pixels[-4:, -4:] == 128).all():
-        raise DecodeError("truncated", "ends in the grey that stands for missing data")
-    return pixels
+        _check_size(image.height, image.width, max_pixels)
+        return _rgb(image)
 
 
 @contextlib.contextmanager
@@ -187,7 +197,7 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         raise DecodeError("unsupported", f"pixels of mode {image.mode}")
     if image.mode.startswith("I"):
         return np.repeat(_from_16_bits(np.asarray(image))[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _from_16_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from streamswav.config import CropsSection
 from streamswav.crops import boxes as box_rules
-from streamswav.crops import parameters as augmentation
 from streamswav.crops.decode import decode, image_size
+from streamswav.crops.parameters import DRAWS, ParameterLaw
 from streamswav.crops.philox import uniforms
 from streamswav.errors import DecodeError
 
@@ -33,6 +34,7 @@ class MultiCrop:
 
     def __init__(self, section: CropsSection, *, seed: int) -> None:
         self._section, self._seed = section, seed
+        self._law = ParameterLaw(section)
         self._sizes = np.repeat(np.array(section.sizes), section.counts)
         self._scales = np.repeat(np.array(section.scales, dtype=np.float64), section.counts, axis=0)
 
@@ -59,10 +61,10 @@ class MultiCrop:
             exif_orientation=section.exif_orientation,
         )
         crops = self._cut(pixels, _rescale(boxes, (height, width), pixels.shape[:2]))
-        return Crops(crops, torch.from_numpy(augmentation.draw_parameters(for_augmentation, section)))
+        return Crops(crops, torch.from_numpy(self._law.draw(for_augmentation)))
 
     def _uniforms(self, key: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        draws = box_rules.DRAWS + augmentation.DRAWS
+        draws = box_rules.DRAWS + DRAWS
         rows = uniforms(len(self._sizes) * draws, "crops", self._seed, *key).reshape(-1, draws)
         return rows[:, : box_rules.DRAWS], rows[:, box_rules.DRAWS :]
 
@@ -70,11 +72,12 @@ class MultiCrop:
         remaining = iter(boxes.tolist())
         resolutions = []
         for size, count in zip(self._section.sizes, self._section.counts, strict=True):
-            crops = torch.empty((count, size, size, 3), dtype=torch.uint8)
-            for crop in crops:
-                top, left, height, width = next(remaining)
-                crop.copy_(_resize(pixels[top : top + height, left : left + width], size, size))
-            resolutions.append(crops)
+            parts = (
+                pixels[top : top + height, left : left + width]
+                for top, left, height, width in itertools.islice(remaining, count)
+            )
+            crops = torch.cat([_resize(part, size, size) for part in parts])
+            resolutions.append(crops.permute(0, 2, 3, 1).contiguous())
         return tuple(resolutions)
 
 
@@ -119,8 +122,8 @@ def centre_crop(
     scale = box_rules.decoding_scale(box, np.array([resize]))
     pixels = decode(image, max_pixels=max_pixels, scale=scale, exif_orientation=exif_orientation)
     top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
-    resized = _resize(pixels, new_height, new_width)
-    return resized[top : top + crop, left : left + crop].numpy()
+    resized = _resize(pixels, new_height, new_width)[0].permute(1, 2, 0)
+    return resized[top : top + crop, left : left + crop].contiguous().numpy()
 
 
 def _rescale(boxes: NDArray[np.int64], drawn: tuple[int, int], decoded: tuple[int, ...]) -> NDArray[np.int64]:
@@ -134,7 +137,9 @@ def _rescale(boxes: NDArray[np.int64], drawn: tuple[int, int], decoded: tuple[in
 
 
 def _resize(pixels: NDArray[np.uint8], height: int, width: int) -> Tensor:
-    """Resize [H, W, 3] bilinearly, antialiased. PyTorch is fast on contiguous channels-last bytes alone."""
+    """Resize [H, W, 3] to [1, 3, height, width], bilinear, antialiased.
+
+    PyTorch's fast path for bytes wants them contiguous, channels last.
+    """
     batch = torch.from_numpy(np.array(pixels[None])).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0)
+    return torch.nn.functional.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)

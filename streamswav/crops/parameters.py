@@ -22,47 +22,46 @@ class Column(IntEnum):
 
     FLIP = 0
     """1: mirrored left to right."""
-    ORDER = 1
-    """Index into `ORDERS`; -1: no colour jitter."""
-    BRIGHTNESS = 2
-    CONTRAST = 3
-    SATURATION = 4
-    """Factors, 1 changes nothing."""
-    HUE = 5
-    """Turn of the colour circle, -0.5 to 0.5."""
-    GRAYSCALE = 6
+    GRAYSCALE = 1
     """1: colours are dropped."""
-    SIGMA = 7
+    ORDER = 2
+    """Index into `ORDERS`; -1: no colour jitter."""
+    SIGMA = 3
     """Standard deviation of the Gaussian blur in pixels; 0: no blur."""
+    BRIGHTNESS = 4
+    CONTRAST = 5
+    SATURATION = 6
+    """Factors, 1 changes nothing."""
+    HUE = 7
+    """Turn of the colour circle, -0.5 to 0.5."""
 
 
-def draw_parameters(uniforms: NDArray[np.float64], section: CropsSection) -> NDArray[np.float32]:
-    """Turn uniform numbers into augmentation parameters, a crop a row (paper, appendix A.2, as SimCLR).
+class ParameterLaw:
+    """The distribution of the augmentation's parameters (paper, appendix A.2, as SimCLR)."""
 
-    Args:
-        uniforms: float64 [n, DRAWS] in [0, 1).
-        section: strengths and probabilities.
+    def __init__(self, section: CropsSection) -> None:
+        self._probabilities = np.array((section.flip, section.grayscale, section.jitter, section.blur))
+        factors = (
+            (max(0.0, 1 - strength), 1 + strength)
+            for strength in (section.brightness, section.contrast, section.saturation)
+        )
+        ranges = np.array(((0, len(ORDERS)), section.blur_sigma, *factors, (-section.hue, section.hue)))
+        self._low, self._span = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
 
-    Returns:
-        float32 [n, len(Column)].
-    """
-    flip, jitter, order, brightness, contrast, saturation, hue, grayscale, blur, sigma = uniforms.T
-    columns = {
-        Column.FLIP: flip < section.flip,
-        Column.ORDER: np.where(jitter < section.jitter, np.floor(order * len(ORDERS)), -1),
-        Column.BRIGHTNESS: _factor(brightness, section.brightness),
-        Column.CONTRAST: _factor(contrast, section.contrast),
-        Column.SATURATION: _factor(saturation, section.saturation),
-        Column.HUE: (2 * hue - 1) * section.hue,
-        Column.GRAYSCALE: grayscale < section.grayscale,
-        Column.SIGMA: np.where(blur < section.blur, _between(sigma, *section.blur_sigma), 0),
-    }
-    return np.stack([columns[column] for column in Column], axis=1).astype(np.float32)
+    def draw(self, uniforms: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Turn uniform numbers into parameters, a crop a row.
 
+        Args:
+            uniforms: float64 [n, DRAWS] in [0, 1).
 
-def _factor(uniform: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
-    return _between(uniform, max(0.0, 1 - strength), 1 + strength)
-
-
-def _between(uniform: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
-    return low + (high - low) * uniform
+        Returns:
+            float32 [n, len(Column)].
+        """
+        happens = uniforms[:, :4] < self._probabilities
+        rows = np.empty((len(uniforms), len(Column)), dtype=np.float32)
+        rows[:, : Column.ORDER] = happens[:, :2]
+        values = self._low + self._span * uniforms[:, 4:]
+        rows[:, Column.ORDER :] = values
+        rows[:, Column.ORDER] = np.where(happens[:, 2], np.floor(values[:, 0]), -1)
+        rows[:, Column.SIGMA] *= happens[:, 3]
+        return rows

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
 
@@ -22,7 +24,18 @@ def uniforms(n: int, *key: int | str) -> NDArray[np.float64]:
     Returns:
         float64 [n].
     """
-    parts = tuple(part if isinstance(part, str) else int(part) for part in key)
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
-    raw = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(n)
+    philox = np.random.Philox(_Hash(key))  # type: ignore[arg-type]  # NumPy's stubs forget ISeedSequence
+    raw = philox.random_raw(n)
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class _Hash(ISeedSequence):
+    """Hands Philox its key. Given as `key=`, Philox would first ask the system for entropy it never uses."""
+
+    def __init__(self, key: tuple[int | str, ...]) -> None:
+        parts = tuple(part if isinstance(part, str) else int(part) for part in key)
+        self._digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> NDArray[Any]:
+        assert (n_words, dtype) == (2, np.uint64)
+        return np.frombuffer(self._digest, "<u8").astype(np.uint64)
