@@ -16,6 +16,12 @@ from streamswav.errors import EXIT_DONE, StreamswavError
 
 _INTERRUPTED = 130
 
+_EVALUATIONS = {
+    "knn": "measure a trunk by the nearest neighbours of its features",
+    "linear": "measure a trunk by a linear classifier on its features",
+    "evaluate": "measure a trunk by kNN and linear classifier on the same features",
+}
+
 _PRETRAIN_HELP = """\
 Keys of the configuration are given as --section.key value; `streamswav keys` lists them all. Later sources
 win: the file, then STREAMSWAV_SECTION__KEY from the environment, then the command line.
@@ -28,7 +34,8 @@ something was changed (the message says what) · 1 anything else
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    parser = _build_parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _build_parser(argv[0] if argv else "")
     arguments, rest = parser.parse_known_args(argv)
     if rest and not arguments.takes_keys:
         parser.error(f"{rest[0]} is not understood by {arguments.command}")
@@ -44,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser(command: str) -> argparse.ArgumentParser:
+    """Build the parser; only `command` needs its arguments where declaring them imports torch."""
     parser = argparse.ArgumentParser(prog="streamswav", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"streamswav {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -61,6 +69,12 @@ def _build_parser() -> argparse.ArgumentParser:
     for each in (pretrain, cooldown):
         each.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
         each.set_defaults(takes_keys=True)
+    for name, text in _EVALUATIONS.items():
+        each = _add_command(commands, name, _evaluate, text)
+        each.epilog = "How storage is reached can be set by --storage.KEY, as for pretrain."
+        each.set_defaults(takes_keys=True)
+        if name == command:
+            _declare_evaluation(each, name)
     _add_command(commands, "keys", _keys, "list all keys of the configuration with their defaults")
     _add_command(commands, "schema", _schema, "print the configuration's JSON schema")
     return parser
@@ -96,6 +110,19 @@ def _cooldown(arguments: argparse.Namespace) -> None:
 
     summary = cooldown(_read_config(arguments), images=arguments.images)
     sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+
+
+def _declare_evaluation(parser: argparse.ArgumentParser, name: str) -> None:
+    from streamswav.commands import evaluate  # noqa: PLC0415
+
+    getattr(evaluate, f"add_{name}_arguments")(parser)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from streamswav.commands import evaluate  # noqa: PLC0415
+
+    storage = load_config(None, os.environ, arguments.keys).storage
+    getattr(evaluate, f"run_{arguments.command}")(arguments, storage=storage)
 
 
 def _keys(_: argparse.Namespace) -> None:
