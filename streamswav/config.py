@@ -104,11 +104,11 @@ class CropsSection(Section):
 class ModelSection(Section):
     """Trunk, projection head and prototypes' dimension."""
 
-    trunk: str = Field(
-        "resnet50", description="resnet18 to resnet152, resnext50_32x4d, resnext101_32x8d, ..."
-    )
+    trunk: str = Field("resnet50", description="resnet8 to resnet152, resnext50_32x4d, resnext101_32x8d, ...")
     width: Positive = Field(1.0, description="multiplies every stage (w2, w4, w5 of the paper: 2, 4, 5)")
-    stem: Literal["imagenet", "small"] = Field("imagenet", description="small: 3x3, stride 1, no max-pooling")
+    stem: Literal["imagenet", "small", "strided"] = Field(
+        "imagenet", description="small, strided: 3x3 of stride 1 or 2 without max-pooling, for small images"
+    )
     head_hidden: NonNegativeInt = Field(2048, description="hidden width of the projection head; 0: one layer")
     head_batch_norm: bool = Field(True, description="BatchNorm inside the projection head")
     embedding: PositiveInt = Field(128, description="D, dimension of the embeddings")

@@ -15,7 +15,11 @@ from streamswav.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Architecture:
-    """What tells one residual network from another. `group_width` counts channels at 64 planes."""
+    """What tells one residual network from another.
+
+    `depths` are the blocks of each stage (the smallest trunk has no fourth one); `group_width` counts
+    channels at 64 planes.
+    """
 
     block: type[nn.Module]
     depths: tuple[int, int, int, int]
@@ -24,6 +28,7 @@ class _Architecture:
 
 
 _ARCHITECTURES = {
+    "resnet8": _Architecture(BasicBlock, (1, 1, 1, 0)),
     "resnet10": _Architecture(BasicBlock, (1, 1, 1, 1)),
     "resnet18": _Architecture(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _Architecture(BasicBlock, (3, 4, 6, 3)),
@@ -38,6 +43,8 @@ _ARCHITECTURES = {
     "resnext101_32x48d": _Architecture(Bottleneck, (3, 4, 23, 3), 32, 48),
 }
 
+_STEMS = {"imagenet": (7, 2), "small": (3, 1), "strided": (3, 2)}
+
 
 class Trunk(ResNet):  # type: ignore[misc]  # torchvision carries no types
     """A residual network whose output is the pooled features; parameter names are torchvision's.
@@ -45,28 +52,28 @@ class Trunk(ResNet):  # type: ignore[misc]  # torchvision carries no types
     Args:
         architecture: blocks, depths and groups.
         planes: channels of the stem and the first stage; each later stage doubles them.
-        small_stem: a 3x3 convolution of stride 1 and no max-pooling, for images of 32 to 64 pixels.
+        stem: `imagenet` (7x7, stride 2, max-pooling), `small` (3x3, stride 1) or `strided` (3x3, stride 2).
 
     Attributes:
         feature_dim: F, the number of features.
     """
 
-    def __init__(self, architecture: _Architecture, *, planes: int, small_stem: bool) -> None:
+    def __init__(self, architecture: _Architecture, *, planes: int, stem: str) -> None:
         # Not ResNet's constructor: it would first build, and fill, a network 64 planes wide.
         nn.Module.__init__(self)
         self._norm_layer = nn.BatchNorm2d
         self.inplanes, self.dilation = planes, 1
         self.groups, self.base_width = architecture.groups, architecture.group_width
-        kernel, stride = (3, 1) if small_stem else (7, 2)
+        kernel, stride = _STEMS[stem]
         self.conv1 = nn.Conv2d(3, planes, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         block, depths = architecture.block, architecture.depths
         self.layer1 = self._make_layer(block, planes, depths[0])
         self.layer2 = self._make_layer(block, planes * 2, depths[1], stride=2)
         self.layer3 = self._make_layer(block, planes * 4, depths[2], stride=2)
-        self.layer4 = self._make_layer(block, planes * 8, depths[3], stride=2)
+        self.layer4 = self._make_layer(block, planes * 8, depths[3], stride=2) if depths[3] else nn.Identity()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.feature_dim: int = self.inplanes
         initialise_convolutions(self)
@@ -102,4 +109,4 @@ def build_trunk(section: ModelSection) -> Trunk:
     if planes * architecture.group_width < 64:
         reason = f"leaves {section.trunk} without channels; at least {1 / architecture.group_width:g}"
         raise ConfigError("model.width", reason, value=section.width)
-    return Trunk(architecture, planes=planes, small_stem=section.stem == "small")
+    return Trunk(architecture, planes=planes, stem=section.stem)
