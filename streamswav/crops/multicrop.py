@@ -139,7 +139,8 @@ def _rescale(boxes: NDArray[np.int64], drawn: tuple[int, int], decoded: tuple[in
 def _resize(pixels: NDArray[np.uint8], height: int, width: int) -> Tensor:
     """Resize [H, W, 3] to [1, 3, height, width], bilinear, antialiased.
 
-    PyTorch's fast path for bytes wants them contiguous, channels last.
+    PyTorch's fast path for bytes wants them contiguous, channels last, down to the strides of the batch
+    dimension: hence a copy in C order, where NumPy's default would leave that stride to chance.
     """
-    batch = torch.from_numpy(np.array(pixels[None])).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(np.array(pixels[None], order="C")).permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)
