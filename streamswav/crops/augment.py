@@ -15,7 +15,7 @@ from streamswav.crops.blur import Blur
 from streamswav.crops.colour import blend_, luma, shift_hue_
 from streamswav.crops.parameters import ORDERS, Column
 
-CPU_CHUNK_PIXELS = 1 << 20
+CPU_CHUNK_PIXELS = 1 << 19
 """On the CPU crops are worked on in chunks of this size, whose temporaries stay in cache."""
 
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3
