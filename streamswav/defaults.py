@@ -12,6 +12,16 @@ from streamswav.errors import ConfigError
 PAPER_BATCH = 4096
 _MEMORY_OF_THE_PAPER = {1: 64, 2: 32, 4: 32, 5: 8}
 _DIVISORS_OF_12 = (12, 6, 4, 3, 2, 1)
+_STANDING = {
+    "stream.window": "about 13 MB of photographs to read again when a lane resumes",
+    "stream.skip_ratio": "uncurated data is dirty; losing a tenth of it is a mistake upstream",
+    "crops.sizes": "the paper's",
+    "crops.counts": "the paper's",
+    "crops.scales": "the paper's",
+    "checkpoint.minutes": "a save stalls for about a second, nodes fail every few days (Young-Daly: 15)",
+    "checkpoint.keep": "one to go on from, one should it be damaged, one to look back at",
+}
+"""Defaults that no fact changes, and why they are what they are."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     Raises:
         ConfigError: the given values and the facts do not fit together.
     """
-    chosen: list[Choice] = []
+    chosen = _standing(config)
     values = config.model_dump()
 
     def choose(key: str, rule: Callable[[], tuple[Any, str]]) -> Any:
@@ -81,6 +91,16 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     resolved = Config.model_validate(values)
     check_combinations(resolved)
     return resolved, chosen
+
+
+def _standing(config: Config) -> list[Choice]:
+    found = []
+    for key, reason in _STANDING.items():
+        name, field = key.split(".")
+        section = getattr(config, name)
+        if field not in section.model_fields_set:
+            found.append(Choice(key, getattr(section, field), reason))
+    return found
 
 
 Choose = Callable[[str, Callable[[], tuple[Any, str]]], Any]
