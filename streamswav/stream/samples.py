@@ -84,7 +84,9 @@ class Quarantined:
 
 
 class ShardReader:
-    """Opens shards at an offset, with a few ranged reads in flight. Cheap to pickle before its first use.
+    """Opens shards at an offset, with a few ranged reads in flight.
+
+    Cheap to pickle: clients and threads are made at the first use, and stay in their process.
 
     Attributes:
         fetch_seconds: time that the reading thread waited for bytes.
@@ -96,6 +98,9 @@ class ShardReader:
         self._pool: ThreadPoolExecutor | None = None
         self._traffic: deque[tuple[str, int]] = deque()
         self.fetch_seconds = 0.0
+
+    def __reduce__(self) -> tuple[Callable[..., ShardReader], tuple[object, ...]]:
+        return _make_reader, (self._manifest, self._storage, self._read_ahead)
 
     def digest(self, shard: int) -> int:
         """Return the shard's identity, 64 bits."""
@@ -116,7 +121,6 @@ class ShardReader:
         return read_samples(blocks, size=shard.size, start=piece.offset, ordinal=piece.ordinal)
 
     def _blocks(self, shard: Shard, start: int) -> Iterator[bytes]:
-        # Here, not in the constructor: clients and threads belong to the process that reads.
         if self._pool is None or self._store is None:
             self._pool = ThreadPoolExecutor(self._read_ahead, thread_name_prefix="read-ahead")
             self._store = Store(self._storage, on_request=self._record)
@@ -136,6 +140,10 @@ class ShardReader:
 
     def _record(self, outcome: str, _: float, received: int) -> None:
         self._traffic.append((outcome, received))
+
+
+def _make_reader(manifest: Manifest, storage: StorageSection, read_ahead: int) -> ShardReader:
+    return ShardReader(manifest, storage, read_ahead=read_ahead)
 
 
 OpenPiece = Callable[[Piece], Iterator[TarSample | Damage]]
