@@ -9,13 +9,14 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from streamswav.config import CropsSection, StorageSection
 from streamswav.errors import ConfigError
 from streamswav.models import Trunk
 from streamswav.stream.store import redact
 from streamswav.telemetry.progress import Reporter
-from streamswav.transfer.features import Features, Preprocessing, RawPixels, extract, index_classes
+from streamswav.transfer.features import Features, Preprocessing, extract
 from streamswav.transfer.knn import KnnSettings, measure_knn
 from streamswav.transfer.linear import PROTOCOL, LinearSettings, measure_linear
 from streamswav.transfer.results import DataUsed, Results, Value
@@ -121,6 +122,45 @@ def choose_preprocessing(
     if resize < crop:
         raise ConfigError("--resize", f"smaller than the crop ({crop})", value=resize)
     return Preprocessing(resize, crop, crops.mean, crops.std, crops.max_pixels, crops.exif_orientation)
+
+
+class RawPixels(nn.Module):
+    """Takes the place of a trunk: the pixels themselves, from 0 to 1, as features.
+
+    Args:
+        edge: larger images are brought to this many pixels a side.
+        mean: of the normalisation that is undone.
+        std: likewise.
+
+    Attributes:
+        feature_dim: F = 3 * edge * edge, for images of at least that size.
+    """
+
+    def __init__(self, edge: int, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self._edge, self.feature_dim = edge, 3 * edge * edge
+        self._mean, self._std = (torch.tensor(each)[:, None, None] for each in (mean, std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return normalised images [B, 3, S, S] as [B, F]."""
+        plain = images * self._std.to(images.device) + self._mean.to(images.device)
+        size = (self._edge, self._edge)
+        return F.interpolate(plain, size=size, mode="bilinear", antialias=True).flatten(1)
+
+
+def index_classes(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Number the classes that occur in training from 0, whatever their labels.
+
+    Args:
+        train: labels [N].
+        test: labels [M].
+
+    Returns:
+        Classes [N], classes [M] (-1 for a label that no training image has), and their number.
+    """
+    names, classes = torch.unique(train, return_inverse=True)
+    places = torch.searchsorted(names, test).clamp(max=len(names) - 1)
+    return classes, places.where(names[places] == test, -1), len(names)
 
 
 class _SideBySide(nn.Module):

@@ -12,7 +12,6 @@ from multiprocessing.context import ForkServerContext
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from streamswav.config import StorageSection
@@ -65,31 +64,6 @@ class Features:
     skipped: Mapping[str, int]
 
 
-class RawPixels(nn.Module):
-    """Takes the place of a trunk: the pixels themselves, from 0 to 1, as features.
-
-    Args:
-        edge: larger images are brought to this many pixels a side.
-        mean: of the normalisation that is undone.
-        std: likewise.
-
-    Attributes:
-        feature_dim: F = 3 * edge * edge, for images of at least that size.
-    """
-
-    def __init__(self, edge: int, *, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.edge, self.feature_dim = edge, 3 * edge * edge
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return normalised images [B, 3, S, S] as [B, F]."""
-        plain = images * self.std + self.mean
-        size = (self.edge, self.edge)
-        return F.interpolate(plain, size=size, mode="bilinear", antialias=True).flatten(1)
-
-
 @torch.no_grad()
 def extract(
     trunk: nn.Module,
@@ -137,21 +111,6 @@ def extract(
             collected.add(part, trunk(images).float().cpu())
             on_images(len(collected.keys))
     return collected.sort()
-
-
-def index_classes(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Number the classes that occur in training from 0, whatever their labels.
-
-    Args:
-        train: labels [N].
-        test: labels [M].
-
-    Returns:
-        Classes [N], classes [M] (-1 for a label that no training image has), and their number.
-    """
-    names, classes = torch.unique(train, return_inverse=True)
-    places = torch.searchsorted(names, test).clamp(max=len(names) - 1)
-    return classes, places.where(names[places] == test, -1), len(names)
 
 
 @dataclass(frozen=True)

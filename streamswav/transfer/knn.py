@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +60,10 @@ def measure_knn(
     most = max(settings.neighbours)
     if most > len(train):
         raise ConfigError("--k", f"there are only {len(train)} training images", value=most)
-    bank = F.normalize(train, dim=1)
     scores: dict[int, list[Tensor]] = {k: [] for k in settings.neighbours}
-    for queries in torch.split(F.normalize(test, dim=1), _QUERIES_AT_ONCE):
-        similarities, indices = find_neighbours(queries.to(device), torch.split(bank, _BANK_AT_ONCE), most)
+    for queries in _unit_parts(test, _QUERIES_AT_ONCE, device):
+        bank = _unit_parts(train, _BANK_AT_ONCE, device)
+        similarities, indices = find_neighbours(queries, bank, most)
         weights = weigh(similarities, settings.temperature)
         voters = train_labels.to(device)[indices]
         for k, found in scores.items():
@@ -76,7 +76,7 @@ def find_neighbours(queries: Tensor, bank: Iterable[Tensor], k: int) -> tuple[Te
 
     Args:
         queries: unit features [Q, F].
-        bank: unit features [n, F] each, at least k in all.
+        bank: unit features [n, F] each, at least k in all, on the same device.
         k: how many.
 
     Returns:
@@ -86,7 +86,7 @@ def find_neighbours(queries: Tensor, bank: Iterable[Tensor], k: int) -> tuple[Te
     where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     begin = 0
     for part in bank:
-        near = (queries @ part.to(queries.device).T).topk(min(k, len(part)), dim=1)
+        near = (queries @ part.T).topk(min(k, len(part)), dim=1)
         candidates = torch.cat([best, near.values], dim=1)
         best, chosen = candidates.topk(min(k, candidates.shape[1]), dim=1)
         where = torch.cat([where, near.indices + begin], dim=1).gather(1, chosen)
@@ -106,3 +106,9 @@ def count_votes(weights: Tensor, voters: Tensor, classes: int) -> Tensor:
     """Add up weights [Q, k] by the voters' classes [Q, k] to scores [Q, C]; -inf where nobody votes."""
     votes = weights.new_zeros(len(weights), classes).scatter_add_(1, voters, weights)
     return votes.where(votes > 0, -torch.inf)
+
+
+def _unit_parts(features: Tensor, rows: int, device: torch.device | str) -> Iterator[Tensor]:
+    """Yield so many rows at a time; a normalised copy of the whole would double what is held."""
+    for part in torch.split(features, rows):
+        yield F.normalize(part.to(device), dim=1)

@@ -7,6 +7,8 @@ kept and used throughout. That costs one pass over the images instead of a hundr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from streamswav.transfer.results import Accuracy, measure_accuracy
 PROTOCOL = "cached centre-crop features; the paper's protocol augments"
 
 _ROWS_AT_ONCE = 8192
+_PRODUCTS_FOR_THREADS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,15 @@ def train_linear(
     )
     steps = settings.epochs * math.ceil(len(features) / settings.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(settings.epochs):
-        order = torch.randperm(len(features), generator=generator)
-        for rows in torch.split(order, settings.batch):
-            loss = F.cross_entropy(classifier(features[rows].to(device)), labels[rows].to(device))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
-            optimizer.step()
-            schedule.step()
+    with _fitting_threads(settings.batch * classifier.weight.numel()):
+        for _ in range(settings.epochs):
+            order = torch.randperm(len(features), generator=generator)
+            for rows in torch.split(order, settings.batch):
+                loss = F.cross_entropy(classifier(features[rows].to(device)), labels[rows].to(device))
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+                optimizer.step()
+                schedule.step()
     return classifier
 
 
@@ -106,3 +110,14 @@ def _fresh(features: int, classes: int, generator: torch.Generator) -> nn.Linear
         layer.weight.normal_(0, 0.01, generator=generator)
         layer.bias.zero_()
     return layer
+
+
+@contextmanager
+def _fitting_threads(products: int) -> Iterator[None]:
+    """Keep small steps on one thread: there, waiting for one another costs threads more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if products < _PRODUCTS_FOR_THREADS else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -78,17 +78,16 @@ class Results:
 
     def to_table(self) -> str:
         """Return lines for people: what was given, then a row a measurement and a column a subject."""
-        sets = (f"{role:<12} {_describe(used)}" for role, used in self.data.items())
-        head = [*sets, f"{'model':<12} {_list(self.model)}", f"{'images':<12} {_list(self.preprocessing)}"]
-        return "\n".join([*head, *self._protocols(), "", *self._rows()])
+        settings = {each.protocol: each.settings for each in self.values}
+        head = {role: _describe(used) for role, used in self.data.items()}
+        head |= {"model": _list(self.model), "images": _list(self.preprocessing)}
+        head |= {protocol: _list(values) for protocol, values in settings.items()}
+        wide = max(map(len, head))
+        return "\n".join([*(f"{name:<{wide}}  {text}" for name, text in head.items()), "", *self._rows()])
 
     def value(self, protocol: str, column: str = "checkpoint") -> Value:
         """Return the one measurement of a protocol and column; KeyError where there is none."""
         return {(each.protocol, each.column): each for each in self.values}[protocol, column]
-
-    def _protocols(self) -> list[str]:
-        settings = {each.protocol: each.settings for each in self.values}
-        return [f"{name:<12} {_list(values)}" for name, values in settings.items()]
 
     def _rows(self) -> list[str]:
         columns = list(dict.fromkeys(each.column for each in self.values))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,19 +161,18 @@ def _fill(trunk: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None
     """
     own = trunk.state_dict()
     problems = []
-    if missing := own.keys() - state.keys():
+    if missing := [name for name in own if name not in state]:
         problems.append(f"lacks {_some(missing)}")
-    if unexpected := state.keys() - own.keys():
+    if unexpected := [name for name in state if name not in own]:
         problems.append(f"has no place for {_some(unexpected)}")
-    shared = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if shared:
-        here, there = (list(each[shared[0]].shape) for each in (own, state))
-        problems.append(f"{_some(shared)} should be {here}, is {there}")
+    if other := [name for name in own if name in state and own[name].shape != state[name].shape]:
+        here, there = (list(each[other[0]].shape) for each in (own, state))
+        problems.append(f"{_some(other)} should be {here}, is {there}")
     if problems:
         raise CheckpointError(f"{source}: the weights are those of another trunk: {'; '.join(problems)}")
     trunk.load_state_dict(state)
 
 
-def _some(names: Iterable[str]) -> str:
-    first, *others = sorted(names)
+def _some(names: Sequence[str]) -> str:
+    first, *others = names
     return f"{first} (and {len(others)} more)" if others else first

@@ -1,0 +1,202 @@
+"""`streamswav knn`, `linear` and `evaluate` on a real checkpoint and real shards."""
+
+import argparse
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import save_tiny_run, tiny_config
+
+from streamswav.commands import evaluate as command
+from streamswav.config import CropsSection, StorageSection
+from streamswav.errors import CheckpointError, ConfigError
+from streamswav.transfer.evaluation import RawPixels, choose_preprocessing, evaluate, index_classes
+
+CLASSES = 4
+PARTS = {
+    "knn": (command.add_knn_arguments, command.run_knn),
+    "linear": (command.add_linear_arguments, command.run_linear),
+    "evaluate": (command.add_evaluate_arguments, command.run_evaluate),
+}
+
+
+def coloured(number):
+    """An image whose class is its colour, under noise."""
+    random = np.random.default_rng(number)
+    colour = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40]])[number % CLASSES]
+    pixels = np.clip(colour + random.normal(0, 40, (20, 24, 3)), 0, 255).astype(np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def given(make_shards, tmp_path):
+    """A checkpoint with its data, as arguments."""
+    save_tiny_run(str(tmp_path / "run"))
+    make_shards(tmp_path / "train", counts=[40, 40], image=coloured, kind="PNG", classes=CLASSES)
+    make_shards(
+        tmp_path / "test", counts=[20], image=lambda i: coloured(1000 + i), kind="PNG", classes=CLASSES
+    )
+    return [
+        *("--checkpoint", str(tmp_path / "run")),
+        *("--train", str(tmp_path / "train")),
+        *("--test", str(tmp_path / "test")),
+        *("--workers", "0"),
+    ]
+
+
+def run(name, arguments, storage=None):
+    add, carry_out = PARTS[name]
+    parser = argparse.ArgumentParser()
+    add(parser)
+    return carry_out(parser.parse_args(arguments), storage=storage or StorageSection())
+
+
+def test_knn_tells_every_k_and_every_column(given, capsys):
+    results = run("knn", [*given, "--k", "1", "20", "--baselines", "untrained", "pixels"])
+    assert results.value("kNN, k = 20", "pixels").scores == {"top1": 1.0, "top5": 1.0}
+    out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines() if line.startswith("per cent")] == [
+        ["per", "cent", "checkpoint", "untrained", "pixels"]
+    ]
+    assert "kNN, k = 1, top-1" in out
+    assert "100.00" in out
+
+
+def test_the_table_says_what_it_was_given(given, capsys, tmp_path):
+    run("linear", [*given, "--epochs", "2"])
+    out = capsys.readouterr().out
+    for fact in (
+        f"80 images, 4 classes, {tmp_path / 'train'}",
+        "20 images, 4 classes",
+        "trunk resnet10, width 0.125",
+        "step 12, images 3,072",
+        "resize 16, crop 16",
+        "cached centre-crop features; the paper's protocol augments",
+        "last epoch",
+    ):
+        assert fact in out
+
+
+def test_linear_learns_what_pixels_tell(given):
+    results = run("linear", [*given, "--baselines", "pixels", "--standardise"])
+    assert results.value("linear", "pixels").scores["top1"] == 1.0
+    assert results.value("linear").settings["standardise"] is True
+
+
+def test_json_holds_what_the_table_shows(given, tmp_path):
+    file = tmp_path / "results.json"
+    results = run("evaluate", [*given, "--k", "5", "--epochs", "3", "--json", str(file)])
+    read = json.loads(file.read_text())
+    assert read["format_version"] == 1
+    assert read["model"]["step"] == 12
+    assert read["data"]["train"]["images"] == 80
+    assert read["seeds"] == {"untrained": 5, "linear": 0}
+    assert [value["protocol"] for value in read["values"]] == ["kNN, k = 5", "linear"]
+    assert read["values"][0]["scores"] == results.value("kNN, k = 5").scores
+    assert read["values"][1]["settings"]["epochs"] == 3
+
+
+def test_json_on_standard_output_is_alone_there(given, capsys):
+    run("knn", [*given, "--k", "5", "--json", "-"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["values"]
+    assert "per cent" in captured.err
+
+
+def test_protocols_that_are_not_asked_for_are_left_out(given):
+    results = run("evaluate", [*given, "--protocols", "knn", "--k", "3"])
+    assert [value.protocol for value in results.values] == ["kNN, k = 3"]
+
+
+def test_baselines_leave_the_checkpoints_own_figures_alone(given):
+    arguments = [*given, "--k", "5", "--epochs", "3"]
+    alone, beside = run("evaluate", arguments), run("evaluate", [*arguments, "--baselines", "pixels"])
+    for protocol in ("kNN, k = 5", "linear"):
+        assert beside.value(protocol).scores == alone.value(protocol).scores
+
+
+def test_the_untrained_column_is_the_run_before_its_first_step(make_shards, given, tmp_path):
+    save_tiny_run(str(tmp_path / "begun"), seed=tiny_config().stream.seed)
+    trained = run("knn", [*given, "--k", "1", "7", "--baselines", "untrained"])
+    begun = run("knn", ["--checkpoint", str(tmp_path / "begun"), *given[2:], "--k", "1", "7"])
+    for protocol in ("kNN, k = 1", "kNN, k = 7"):
+        assert trained.value(protocol, "untrained").scores == begun.value(protocol).scores
+
+
+def test_a_bucket_is_read_with_the_endpoint_given_not_with_the_runs_own(given, s3, tmp_path):
+    bucket, folder = s3.make_bucket()
+    for name in ("train", "test"):
+        (tmp_path / name).rename(folder / name)
+    config = tiny_config().model_copy(
+        update={"storage": StorageSection(endpoint_url="http://127.0.0.1:1", deadline_seconds=1)}
+    )
+    save_tiny_run(f"{bucket}/run", config=config, storage=s3.section)
+    results = evaluate(
+        f"{bucket}/run",
+        [f"{bucket}/train"],
+        [f"{bucket}/test"],
+        protocols=["knn"],
+        workers=0,
+        storage=s3.section,
+        knn=command.KnnSettings((5,)),
+    )
+    assert results.data["train"].images == 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--k", "0"], "too few"),
+        (["--temperature", "nan"], "not a number above 0"),
+        (["--workers", "-1"], "not a whole number"),
+        (["--baselines", "random"], "invalid choice"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(given, capsys, arguments, reason):
+    with pytest.raises(SystemExit):
+        run("knn", [*given, *arguments])
+    assert reason in capsys.readouterr().err
+
+
+def test_a_path_without_checkpoint_is_refused(given, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        run("knn", ["--checkpoint", str(tmp_path / "train"), *given[2:]])
+
+
+@pytest.mark.parametrize(
+    ("size", "given_sizes", "expected"),
+    [
+        (224, {}, (256, 224)),
+        (96, {}, (110, 96)),
+        (32, {}, (32, 32)),
+        (224, {"crop": 128}, (146, 128)),
+        (224, {"resize": 224}, (224, 224)),
+    ],
+)
+def test_sizes_follow_the_runs_first_crop(size, given_sizes, expected):
+    chosen = choose_preprocessing(CropsSection(sizes=[size, 96]), **given_sizes)
+    assert (chosen.resize, chosen.crop) == expected
+
+
+def test_a_crop_larger_than_the_image_is_refused():
+    with pytest.raises(ConfigError, match="--resize = 100: smaller than the crop"):
+        choose_preprocessing(CropsSection(), resize=100)
+
+
+def test_classes_are_numbered_by_training_and_others_are_unknown():
+    train, test, classes = index_classes(torch.tensor([900, 7, 7, 12]), torch.tensor([12, 8, 900, 10**12]))
+    assert (train.tolist(), test.tolist(), classes) == ([2, 0, 0, 1], [1, -1, 2, -1], 3)
+
+
+def test_raw_pixels_undo_the_normalisation():
+    plain = torch.rand(2, 3, 8, 8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    normalised = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    pixels = RawPixels(8, mean=mean, std=std)(normalised)
+    torch.testing.assert_close(pixels, plain.flatten(1))
+    assert RawPixels(4, mean=mean, std=std)(normalised).shape == (2, 48)
