@@ -32,12 +32,10 @@ _SIGNATURES = re.compile(
     rb"|(?P<heic>.{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1))"
     rb"|(?P<jpeg2000>\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51)"
     rb"|(?P<jxl>\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a)"
-    rb"|(?P<pnm>P[1-6]\s+[\d#])"
-    rb"|(?P<qoi>qoif)",
+    rb"|(?P<pnm>P[1-6]\s+[\d#])",
     re.DOTALL,
 )
 
-_PILLOW_NAMES = {"pnm": "PPM", "heic": "HEIF"}
 _UNSUPPORTED_MODES = ("F", "LAB")
 _PNG_SIZE = struct.Struct(">II")
 _EXIF_ORIENTATION = 0x0112
@@ -131,13 +129,25 @@ def _decode_jpeg(data: bytes, *, max_pixels: int, scale: int) -> NDArray[np.uint
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, **smallest)
     except ValueError as error:
-        _refuse_damage(str(error))
-    else:
-        if colour_space not in ("CMYK", "YCCK"):
-            return pixels
+        return _decode_disputed_jpeg(data, str(error), max_pixels=max_pixels)
+    if colour_space in ("CMYK", "YCCK"):
+        return _decode_with_pillow(data, "jpeg", max_pixels=max_pixels)
+    return pixels
+
+
+def _decode_disputed_jpeg(data: bytes, complaint: str, *, max_pixels: int) -> NDArray[np.uint8]:
+    """Judge what simplejpeg refused. It stops at the first complaint of libjpeg, most of which are harmless.
+
+    Where libjpeg says that data is missing, nothing is left to judge. Otherwise Pillow is the arbiter; but
+    it fills gaps with grey, and says nothing, so an image that ends in that very grey is refused too.
+    """
+    if "premature end" in complaint.lower():
+        raise DecodeError("truncated", complaint) from None
+    if "bad Huffman code" in complaint or "instead of RST" in complaint:
+        raise DecodeError("corrupt", complaint) from None
     pixels = _decode_with_pillow(data, "jpeg", max_pixels=max_pixels)
     if (pixels[-4:, -4:] == 128).all():
-        raise DecodeError("truncated", "ends in the grey that stands for missing data")
+        raise DecodeError("truncated", f"ends in the grey of missing data; {complaint}") from None
     return pixels
 
 
@@ -146,14 +156,6 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
         raise DecodeError("empty", f"{height} x {width} pixels")
     if height * width > max_pixels:
         raise DecodeError("too_large", f"{height} x {width} is more than {max_pixels} pixels")
-
-
-def _refuse_damage(complaint: str) -> None:
-    """Raise for what libjpeg says of missing data; return for the rest, of which Pillow is the arbiter."""
-    if "premature end" in complaint.lower():
-        raise DecodeError("truncated", complaint) from None
-    if "bad Huffman code" in complaint or "instead of RST" in complaint:
-        raise DecodeError("corrupt", complaint) from None
 
 
 def _decode_with_pillow(data: bytes, kind: str, *, max_pixels: int) -> NDArray[np.uint8]:
@@ -165,29 +167,33 @@ def _decode_with_pillow(data: bytes, kind: str, *, max_pixels: int) -> NDArray[n
 @contextlib.contextmanager
 def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
     """Open with Pillow's reader of that format alone; anything raised inside becomes a `DecodeError`."""
-    name = _PILLOW_NAMES.get(kind, kind.upper())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data), formats=[name]) as image:
+            with Image.open(io.BytesIO(data), formats=[_pillow_name(kind)]) as image:
                 yield image
         except DecodeError:
             raise
         # On damaged bytes Pillow's readers raise whatever their code runs into, a dozen types by now.
         except Exception as error:
-            raise _decode_error(error, kind) from None
+            raise _decode_error(error, kind, data) from None
 
 
-def _decode_error(error: Exception, kind: str) -> DecodeError:
+def _pillow_name(kind: str) -> str:
+    return {"pnm": "PPM", "heic": "HEIF"}.get(kind, kind.upper())
+
+
+def _decode_error(error: Exception, kind: str, data: bytes) -> DecodeError:
     detail = " ".join(str(error).split())
-    if isinstance(error, KeyError) and kind.upper() not in Image.OPEN:
+    if isinstance(error, KeyError) and _pillow_name(kind) not in Image.OPEN:
         return DecodeError("unsupported", f"Pillow reads no {kind} here")
     if isinstance(error, Image.DecompressionBombError):
         return DecodeError("too_large", detail)
-    if isinstance(error, UnidentifiedImageError):
-        return DecodeError("corrupt", f"the header of the {kind} cannot be read")
-    if isinstance(error, EOFError) or "truncated" in detail.lower():
+    cut = kind == "webp" and len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if cut or isinstance(error, EOFError) or "truncated" in detail.lower():
         return DecodeError("truncated", detail)
+    if isinstance(error, UnidentifiedImageError):
+        return DecodeError("corrupt", f"Pillow cannot read the header of this {kind}")
     return DecodeError("corrupt", f"{type(error).__name__}: {detail}")
 
 
@@ -208,8 +214,14 @@ def _from_16_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
 
 
 def _orientation(data: bytes) -> int:
-    """EXIF orientation, 1 to 8; 1, upright, also where there is none that can be read."""
-    with contextlib.suppress(DecodeError), _opened(data, _format(data)) as image:
+    """EXIF orientation, 1 to 8; 1, upright, also where none can be read.
+
+    And for TIFF, which Pillow turns by itself.
+    """
+    kind = _format(data)
+    if kind == "tiff":
+        return 1
+    with contextlib.suppress(DecodeError), _opened(data, kind) as image:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
         return orientation if orientation in _TURNS else 1
     return 1
