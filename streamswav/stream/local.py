@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from streamswav.errors import ChangedError, DeniedError, NotFoundError, UnavailableError
+from streamswav.errors import ChangedError, DeniedError, NotFoundError, UnavailableError, UnsupportedError
 from streamswav.stream.urls import ObjectInfo, join
 
 ASIDE = ".partial"
@@ -67,6 +67,8 @@ class LocalFiles:
     def delete(self, url: str) -> None:
         """Remove a file, or a folder with all it holds; nothing there is fine."""
         path = path_of(url)
+        if not path.name:
+            raise UnsupportedError(url, "the root and the working folder are not deleted")
         with _writing(url):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

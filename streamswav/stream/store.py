@@ -32,6 +32,8 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ProfileNotFound,
     ReadTimeoutError,
+    SSOError,
+    TokenRetrievalError,
 )
 from botocore.parsers import ResponseParserError
 
@@ -125,7 +127,7 @@ class Store:
         try:
             self.info(url)
         except NotFoundError:
-            with contextlib.suppress(NotFoundError):
+            with contextlib.suppress(NotFoundError, UnsupportedError):
                 return any(True for _ in self._place(url).walk(url))
             return False
         return True
@@ -441,6 +443,8 @@ def _unanswered(url: str, error: Exception) -> Exception:
         case NoCredentialsError() | PartialCredentialsError() | ProfileNotFound():
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage.anonymous"
             return DeniedError(url, f"no credentials were found ({hint})")
+        case SSOError() | TokenRetrievalError():
+            return DeniedError(url, "the single sign-on has expired (aws sso login)")
         case ParamValidationError() | aiohttp.InvalidURL():
             return UnsupportedError(url, "this is not a valid name")
         case ReadTimeoutError() | ConnectTimeoutError() | TimeoutError():

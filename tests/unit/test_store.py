@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -179,6 +180,13 @@ def test_delete_removes_a_file_or_a_whole_folder_and_forgives_nothing_there(tmp_
     assert not store.exists(f"{tmp_path}/run/2")
 
 
+@pytest.mark.parametrize("url", ["", "/", ".", "file:///"])
+def test_the_root_and_the_working_folder_are_never_deleted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "rmtree", lambda path: pytest.fail(f"would have deleted {path}"))
+    with pytest.raises(UnsupportedError, match="not deleted"):
+        Store().delete(url)
+
+
 def test_exists_knows_objects_and_folders_that_hold_any(tmp_path: Path) -> None:
     Store().write(f"{tmp_path}/run/1/a", b"x")
     (tmp_path / "empty").mkdir()
@@ -342,6 +350,11 @@ def test_web_servers_are_neither_listed_nor_written(served: str) -> None:
     for call in calls:
         with pytest.raises(UnsupportedError):
             call()
+
+
+def test_exists_knows_web_objects(web: WebServer, served: str) -> None:
+    assert make_store().exists(served)
+    assert not make_store().exists(f"{web.url}/missing.tar")
 
 
 def test_download_fetches_in_blocks_and_appears_whole(web: WebServer, served: str, tmp_path: Path) -> None:
