@@ -16,7 +16,8 @@ def photograph(height: int, width: int, *, seed: int = 0) -> NDArray[np.uint8]:
     total = np.zeros((height, width, 3))
     cells = 2
     while cells <= 2 * max(height, width):
-        noise = rng.uniform(-1, 1, (cells, cells, 3)) * np.array((1.0, 0.9, 0.8))
+        grid = (min(cells, height), min(cells, width), 3)
+        noise = rng.uniform(-1, 1, grid) * np.array((1.0, 0.9, 0.8))
         octave = Image.fromarray(np.uint8(127 + 127 * noise)).resize(
             (width, height), Image.Resampling.BICUBIC
         )
