@@ -19,11 +19,10 @@ from typing import Any
 import braceexpand
 
 from streamswav.errors import ManifestError, NotFoundError, StorageError
-from streamswav.stream.store import ObjectInfo, Store, join, redact
+from streamswav.stream.store import ObjectInfo, Store, is_pattern, join, redact
 
 STATS_FILE = "_stats.json"
 
-_GLOB_CHARACTERS = frozenset("*?[")
 _HEAD_REQUESTS_AT_ONCE = 16
 
 
@@ -122,13 +121,13 @@ def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
 
 def _list_url(url: str, store: Store) -> Iterator[ObjectInfo]:
     expanded = list(braceexpand.braceexpand(url)) if "{" in url else [url]
-    single = [each for each in expanded if each.endswith(".tar") and not _GLOB_CHARACTERS & set(each)]
+    single = [each for each in expanded if redact(each).endswith(".tar") and not is_pattern(each)]
     if len(single) == len(expanded):
         with ThreadPoolExecutor(_HEAD_REQUESTS_AT_ONCE) as pool:
             yield from pool.map(store.info, single)
         return
     for each in expanded:
-        objects = store.glob(each) if _GLOB_CHARACTERS & set(each) else store.list(each)
+        objects = store.glob(each) if is_pattern(each) else store.list(each)
         yield from (info for info in objects if info.url.endswith(".tar"))
 
 

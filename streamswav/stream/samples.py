@@ -57,7 +57,10 @@ class Sample:
         if text is None:
             return None
         stripped = text.decode("utf-8", "replace").strip()
-        return int(stripped) if stripped.lstrip("-").isdigit() else stripped
+        try:
+            return int(stripped)
+        except ValueError:
+            return stripped
 
 
 @dataclass(frozen=True, slots=True)
