@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing.context import ForkServerContext
+from multiprocessing import connection, forkserver
+from multiprocessing.connection import Connection
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -17,6 +22,14 @@ from streamswav.crops import Crops, MultiCrop, collate
 from streamswav.errors import DecodeError, StreamswavError
 from streamswav.stream.plan import Cursor, Plan
 from streamswav.stream.samples import LaneReader, Quarantined, Sample, SampleId, ShardReader
+
+PATIENCE_SECONDS = 1.0
+GRACE_SECONDS = 2.0
+
+_DIED = (
+    "a loader process was killed, most likely for want of memory; give the rank more memory or /dev/shm, "
+    "or lower loader.workers or loader.prefetch"
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,11 @@ class Failed:
     error: StreamswavError
 
 
+Item = Batch | Exhausted | Failed
+
+
 @dataclass(frozen=True)
-class LaneBatches(IterableDataset[Batch | Exhausted | Failed]):
+class LaneBatches(IterableDataset[Item]):
     """The batches that a rank takes from a plan, dealt over its loader processes.
 
     Worker w of K gives the batches t = first + w (mod K), so that the DataLoader's round robin restores the
@@ -91,7 +107,7 @@ class LaneBatches(IterableDataset[Batch | Exhausted | Failed]):
     crop: MultiCrop
     _lanes: dict[int, LaneReader] = field(default_factory=dict, repr=False)
 
-    def __iter__(self) -> Iterator[Batch | Exhausted | Failed]:
+    def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
         mine, step = (worker.id, worker.num_workers) if worker else (0, 1)
         try:
@@ -161,32 +177,84 @@ def _quarantine(sample: Sample, reason: str) -> Quarantined:
     )
 
 
-def make_loader(
+@contextmanager
+def open_loader(
     batches: LaneBatches, *, workers: int, prefetch: int, pin_memory: bool
-) -> DataLoader[Batch | Exhausted | Failed]:
-    """Start the loader processes; with `workers=0` the rank itself does their work."""
+) -> Iterator[Iterator[Item | None]]:
+    """Run the loader processes for as long as the context lasts; `workers=0`: the rank does their work.
+
+    Yields:
+        An iterator over what they make, in order. It gives None where nothing came for `PATIENCE_SECONDS`,
+        so that the rank can look up.
+    """
     if workers == 0:
-        return DataLoader(batches, batch_size=None, pin_memory=pin_memory)
-    return DataLoader(
+        yield iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory))
+        return
+    start_fork_server()
+    context = multiprocessing.get_context("forkserver")
+    leash, end = context.Pipe(duplex=False)
+    loader = DataLoader(
         batches,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch,
         pin_memory=pin_memory,
-        worker_init_fn=_prepare_worker,
+        timeout=PATIENCE_SECONDS,
+        worker_init_fn=functools.partial(_prepare_worker, leash=leash),
         # s3fs is not fork-safe, and spawn would import torch again in every worker.
-        multiprocessing_context=_context(),
+        multiprocessing_context=context,
     )
+    with leash, end:
+        yield _take(iter(loader))
 
 
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["streamswav.loader"])
-    return context
+def start_fork_server() -> None:
+    """Start the process that loader processes are forked from; it imports torch while the rank goes on.
+
+    A signal to the whole process group must not take it: the rank ends its loader processes once it has
+    saved. It leaves SIGINT alone by itself; SIGTERM it keeps blocked as it finds it.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["streamswav.loader"])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker(_: int) -> None:
-    """A signal to the process group must not take the workers: the rank ends them once it has saved."""
+def _take(items: Iterator[Item]) -> Iterator[Item | None]:
+    """Give the items as they come, None where none comes, and what became of processes that died."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            # The DataLoader has no types for these two.
+            if str(error).startswith("DataLoader timed out"):
+                yield None
+            elif str(error).startswith("DataLoader worker"):
+                yield Failed(StreamswavError(_DIED))
+            else:
+                raise
+        else:
+            yield item
+
+
+def _prepare_worker(_: int, *, leash: Connection) -> None:
+    """A signal to the process group must not take a worker; the leash does, when the rank lets go of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(leash,), name="leash", daemon=True).start()
+
+
+def _end_with(leash: Connection) -> None:
+    """Wait until the rank's end of the leash is closed, by the rank or by its death; then leave soon.
+
+    The DataLoader's own watch does not see a rank that was killed, as the fork server is the parent; and
+    it waits for a worker that is busy, which one that meets no storage is until the deadline.
+    """
+    connection.wait([leash])
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)

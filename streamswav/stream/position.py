@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -76,16 +77,26 @@ class Position:
             trained_bytes=self.trained_bytes + sample_bytes,
         )
 
-    def record(self, quarantined: Sequence[Quarantined]) -> Position:
-        """Return the position with what was quarantined; a damage that is known already counts once."""
-        counts = dict(self.quarantined)
-        damages = {(each.turn, each.shard, each.start): each for each in self.damages}
-        for each in quarantined:
+    def unknown(self, found: Sequence[Quarantined]) -> list[Quarantined]:
+        """Return what is new of this; damages may be met by several readers, and again after a restart."""
+        damages = {_place(each) for each in self.damages} if found else set()
+        fresh = []
+        for each in found:
             if each.ordinal is None:
-                damages.setdefault((each.turn, each.shard, each.start), each)
-            else:
-                counts[each.reason] = counts.get(each.reason, 0) + 1
-        return replace(self, quarantined=counts, damages=tuple(damages.values()))
+                if _place(each) in damages:
+                    continue
+                damages.add(_place(each))
+            fresh.append(each)
+        return fresh
+
+    def record(self, fresh: Sequence[Quarantined]) -> Position:
+        """Return the position with what was quarantined, all of it new."""
+        if not fresh:
+            return self
+        counts = Counter(self.quarantined)
+        counts.update(each.reason for each in fresh if each.ordinal is not None)
+        damages = (each for each in fresh if each.ordinal is None)
+        return replace(self, quarantined=dict(counts), damages=(*self.damages, *damages))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `from_json` reads."""
@@ -123,6 +134,10 @@ class Position:
             lanes=lanes and tuple(tuple(Piece.from_json(each) for each in lane) for lane in lanes),
             damages=tuple(Quarantined(**each) for each in values["damages"]),
         )
+
+
+def _place(damage: Quarantined) -> tuple[int, int, int]:
+    return damage.turn, damage.shard, damage.start
 
 
 _PLAIN = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from streamswav.errors import ConfigError
+from streamswav.errors import ConfigError, StreamswavError
 
 Plain = TypeVar("Plain")
 
@@ -57,14 +57,23 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def from_leader(self, value: Plain) -> Plain:
-        """Return rank 0's value on all ranks."""
-        if self.control is None:
-            return value
-        values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0, group=self.control)
-        received: Plain = values[0]
-        return received
+    def lead(self, work: Callable[[], Plain]) -> Plain:
+        """Let rank 0 do something once for all; every rank returns its answer, or raises its error."""
+        answer: Any = None
+        error: StreamswavError | None = None
+        if self.leads:
+            try:
+                answer = work()
+            except StreamswavError as raised:
+                error = raised
+        if self.control is not None:
+            values = [answer, error]
+            dist.broadcast_object_list(values, src=0, group=self.control)
+            answer, error = values
+        if error is not None:
+            raise error
+        result: Plain = answer
+        return result
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from streamswav.crops import MultiCrop
-from streamswav.errors import BudgetSpentError, ManifestError, StreamswavError
-from streamswav.loader import Batch, Exhausted, Failed, LaneBatches, make_loader
+from streamswav.errors import BudgetSpentError, ManifestError
+from streamswav.loader import Batch, Exhausted, Failed, Item, LaneBatches, open_loader
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.plan import (
     Cursor,
@@ -53,10 +53,12 @@ class Feed:
     """Iterates over this rank's batches and keeps the position that the trainer commits.
 
     Attributes:
-        position: the position of all ranks, as of the last `synchronise`.
+        position: the position of all ranks: what is quarantined as of now, all else as of the last
+            `synchronise`.
         drained: a rank was asked to stop; the iteration has ended early, on all ranks alike.
         save_agreed: rank 0 wishes a checkpoint after this step.
         log_agreed: rank 0 wishes a log line after this step.
+        unwritten: what was quarantined since the list was emptied last.
     """
 
     def __init__(
@@ -71,17 +73,17 @@ class Feed:
         drain: Callable[[], bool] = lambda: False,
         wants_save: Callable[[], bool] = lambda: False,
         wants_log: Callable[[], bool] = lambda: False,
+        on_quarantined: Callable[[Quarantined], None] = lambda _: None,
     ) -> None:
         check_grid(position.grid, world_size=ranks.world_size, workers=settings.workers)
         self.manifest, self.position = manifest, position
         self._settings, self._reader, self._crop, self._ranks = settings, reader, crop, ranks
         self._drain, self._wants_save, self._wants_log = drain, wants_save, wants_log
+        self._on_quarantined = on_quarantined
         self._sizes = [shard.size for shard in manifest.shards]
         self._cursors: dict[int, Cursor] = {}
-        self._agreed_bytes = 0
+        self._sample_bytes = 0
         self._batches = 0
-        self._passed: list[Quarantined] = []
-        self._skipped = 0
         self.drained = False
         self.save_agreed = self.log_agreed = False
         self.unwritten: list[Quarantined] = []
@@ -94,13 +96,12 @@ class Feed:
     @property
     def committed_bytes(self) -> int:
         """Bytes in the shards of the samples trained by all ranks, this moment."""
-        return self.position.trained_bytes + self._agreed_bytes
+        return self.position.trained_bytes + self._sample_bytes
 
     @property
     def skipped(self) -> int:
         """Samples and stretches quarantined by all ranks, this moment."""
-        known = sum(self.position.quarantined.values()) + len(self.position.damages)
-        return known + self._skipped
+        return sum(self.position.quarantined.values()) + len(self.position.damages)
 
     def __iter__(self) -> Iterator[Batch]:
         while not (self.position.finished or self.drained):
@@ -113,93 +114,109 @@ class Feed:
         """Advance the position past a batch whose optimizer step is done."""
         self._cursors.update(batch.cursors)
         self._batches += 1
-        self._passed += batch.quarantined
+        self._sample_bytes += batch.sample_bytes
+        self._record(batch.quarantined)
 
     def synchronise(self) -> Position:
         """Bring all ranks' commits together; every rank must call this after the same step."""
-        shares = self._ranks.gather((self._cursors, self._passed))
-        cursors = {lane: cursor for share, _ in shares for lane, cursor in share.items()}
-        passed = [each for _, share in shares for each in share]
+        shares = self._ranks.gather(self._cursors)
         self.position = self.position.advance(
-            cursors,
+            {lane: cursor for share in shares for lane, cursor in share.items()},
             batches=self._batches,
             samples=self._batches * self.position.grid.batch,
-            sample_bytes=self._agreed_bytes,
-        ).record(passed)
-        self.unwritten += passed
-        self._cursors, self._passed = {}, []
-        self._agreed_bytes = self._batches = self._skipped = 0
+            sample_bytes=self._sample_bytes,
+        )
+        self._cursors, self._batches, self._sample_bytes = {}, 0, 0
         return self.position
 
     def _generation(self, plan: Plan) -> Generator[Batch, None, tuple[Quarantined, ...]]:
-        """Yield the batches of one plan; returns what was found bad in the batch that could not be filled."""
-        loader = make_loader(
-            LaneBatches(
-                plan=plan,
-                cursors=self._own(self.position.cursors),
-                first=self.position.batches,
-                columns=self._columns(),
-                reader=self._reader,
-                crop=self._crop,
-            ),
-            workers=self._settings.workers,
-            prefetch=self._settings.prefetch,
-            pin_memory=self._ranks.device.type == "cuda",
+        """Yield the batches of one plan, with bytes and quarantined samples of all ranks.
+
+        Returns:
+            What was found bad, on any rank, in the batch that could not be filled.
+        """
+        batches = LaneBatches(
+            plan=plan,
+            cursors=self._own(self.position.cursors),
+            first=self.position.batches,
+            columns=self._columns(),
+            reader=self._reader,
+            crop=self._crop,
         )
-        for item in loader:
-            if not self._agree(item):
-                return item.quarantined if isinstance(item, Exhausted) else ()
-            assert isinstance(item, Batch)
-            yield item
+        settings, pin_memory = self._settings, self._ranks.device.type == "cuda"
+        with open_loader(
+            batches, workers=settings.workers, prefetch=settings.prefetch, pin_memory=pin_memory
+        ) as items:
+            for item in items:
+                if item is None and not self._drain():
+                    continue
+                batch, quarantined = self._agree(item)
+                if batch is None:
+                    return quarantined
+                yield batch
         raise AssertionError("a lane's end is always announced")
 
-    def _agree(self, item: Batch | Exhausted | Failed) -> bool:
-        """Tell whether all ranks hold the batch and none wants to stop.
+    def _agree(self, item: Item | None) -> tuple[Batch | None, tuple[Quarantined, ...]]:
+        """Find out whether all ranks hold a batch and none wants to stop.
+
+        Args:
+            item: what this rank's loader gave; None: nothing yet, and a drain is asked for.
+
+        Returns:
+            This rank's batch, with bytes and quarantined samples of all ranks, or None; and what was found
+            bad in the batch that could not be filled.
 
         Raises:
-            StreamswavError: this rank's error, or the news of another's.
+            StreamswavError: the first rank's that has one, on all ranks.
         """
-        skipped = 0 if isinstance(item, Failed) else len(item.quarantined)
+        found = item.quarantined if isinstance(item, Batch | Exhausted) else ()
         wishes = [
             isinstance(item, Failed),
             isinstance(item, Exhausted),
             self._drain(),
             self._ranks.leads and self._wants_save(),
             self._ranks.leads and self._wants_log(),
-            skipped,
+            len(found),
             item.sample_bytes if isinstance(item, Batch) else 0,
         ]
         failed, exhausted, drain, save, log, skipped, sample_bytes = self._ranks.total(
             [int(wish) for wish in wishes]
         )
-        if isinstance(item, Failed):
-            raise item.error
         if failed:
-            raise StreamswavError("another rank's loader failed; its log says why")
-        self._skipped += skipped
-        self._check_budget(item)
+            errors = self._ranks.gather(item.error if isinstance(item, Failed) else None)
+            raise next(error for error in errors if error)
         self.drained, self.save_agreed, self.log_agreed = bool(drain), bool(save), bool(log)
-        if drain or exhausted:
-            return False
-        self._agreed_bytes += sample_bytes
-        return True
+        if drain:
+            return None, ()
+        # Where the batch cannot be filled, those that hold their share will read it again.
+        counted = () if exhausted and not isinstance(item, Exhausted) else found
+        bad = tuple(each for share in self._ranks.gather(counted) for each in share) if skipped else ()
+        self._check_budget(bad)
+        if exhausted:
+            return None, bad
+        assert isinstance(item, Batch)
+        return replace(item, quarantined=bad, sample_bytes=sample_bytes), ()
 
-    def _check_budget(self, item: Batch | Exhausted) -> None:
-        seen = self.trained + self.skipped
-        if seen < self._settings.skip_probation or self.skipped <= self._settings.skip_ratio * seen:
+    def _check_budget(self, found: Sequence[Quarantined]) -> None:
+        skipped = self.skipped + len(found)
+        seen = self.trained + skipped
+        if seen < self._settings.skip_probation or skipped <= self._settings.skip_ratio * seen:
             return
-        latest = [*self._passed, *item.quarantined][-3:]
-        shown = "; ".join(self.describe(each) for each in latest) or "see the other ranks' logs"
+        latest = [*self.unwritten, *found][-3:]
+        shown = "; ".join(map(self.describe, latest)) or "listed with the checkpoints"
         raise BudgetSpentError(
-            f"{self.skipped} of {seen} samples could not be used, more than stream.skip_ratio = "
+            f"{skipped} of {seen} samples could not be used, more than stream.skip_ratio = "
             f"{self._settings.skip_ratio} allows; the latest: {shown}"
         )
 
     def describe(self, quarantined: Quarantined) -> str:
         """Name a quarantined stretch for people: shard, bytes, key, reason."""
-        shard = self.manifest.shards[quarantined.shard].key
-        key = f" {quarantined.key}" if quarantined.key else ""
+        shard, key = self.shard_key(quarantined), f" {quarantined.key}" if quarantined.key else ""
         return f"{shard}[{quarantined.start}:{quarantined.stop}]{key}: {quarantined.reason}"
+
+    def shard_key(self, quarantined: Quarantined) -> str:
+        """Name its shard."""
+        return self.manifest.shards[quarantined.shard].key
 
     def _columns(self) -> range:
         share = self.position.grid.columns // self._ranks.world_size
@@ -211,11 +228,10 @@ class Feed:
 
     def _deal_again(self, plan: Plan, gone: Sequence[Quarantined]) -> None:
         """Deal what is left of the pass into a new generation, or end the pass."""
-        self._passed += gone
         progressed = self._batches > 0 or self.position.batches > 0
         self.synchronise()
-        bad = [each for share in self._ranks.gather(tuple(gone)) for each in share]
-        consumed = [(each.shard, each.turn, each.ordinal) for each in bad if each.ordinal is not None]
+        self._record(gone)
+        consumed = [(each.shard, each.turn, each.ordinal) for each in gone if each.ordinal is not None]
         left = without(remaining(plan, self.position.cursors), consumed)
         order = {"seed": plan.seed, "turn": plan.turn, "generation": plan.generation + 1}
         if progressed and self._estimate(left) > 2 * plan.grid.batch * plan.grid.rows:
@@ -241,21 +257,18 @@ class Feed:
         return total / mean if mean else 0.0
 
     def _name(self, left: Sequence[Piece]) -> list[Piece]:
-        """Rank 0 scans what is left; all get its answer, or its error."""
-        answer: tuple[list[Piece], list[Quarantined]] | StreamswavError | None = None
-        if self._ranks.leads:
-            try:
-                answer = name_samples(left, self._reader.open)
-            except StreamswavError as error:
-                answer = error
-        answer = self._ranks.from_leader(answer)
-        assert answer is not None
-        if isinstance(answer, StreamswavError):
-            raise answer
-        named, damages = answer
-        self.position = self.position.record(damages)
-        self.unwritten += damages if self._ranks.leads else []
+        """Rank 0 scans what is left, for all."""
+        named, damages = self._ranks.lead(lambda: name_samples(left, self._reader.open))
+        self._record(damages)
         return named
+
+    def _record(self, found: Sequence[Quarantined]) -> None:
+        """Keep account of what was quarantined; a damage that is met again counts once."""
+        fresh = self.position.unknown(found)
+        self.position = self.position.record(fresh)
+        self.unwritten += fresh
+        for each in fresh:
+            self._on_quarantined(each)
 
     def _end_pass(self, left: Sequence[Piece], samples: int) -> None:
         """Carry the left-over into the next pass, or finish.
