@@ -1,13 +1,14 @@
 """Checkpoints: a folder a step, data first, then its list of files with checksums, then the pointer.
 
-    <run>/checkpoints/step-000001200/state-0.pt     a file a rank: what only that rank has
     <run>/checkpoints/step-000001200/model.pt       network and optimizer, the same on all ranks
+    <run>/checkpoints/step-000001200/ranks.pt       what each rank has of its own: queue, random state
     <run>/checkpoints/step-000001200/position.json  where the stream is
     <run>/checkpoints/step-000001200/checkpoint.json  step, images, SHA-256 of the above: it is whole
     <run>/checkpoints/latest                        the name of the newest whole one
 
-A folder without a `checkpoint.json` that matches was cut off while being written, and is passed over. An
-older checkpoint goes only once a newer one is whole. All of it loads with `weights_only=True`.
+A folder without a `checkpoint.json` that matches was cut off while being written, and is passed over. No
+whole checkpoint is ever written over: a second one of the same step has `.2` behind its name. An older
+checkpoint goes only once a newer one is whole. All of it loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class CheckpointFolder:
             StorageError: it could not be written; older checkpoints are untouched.
         """
         name = f"step-{step:09d}"
+        if self._store.exists(join(self.url, name, _LIST)):
+            name += ".2"
         folder = join(self.url, name)
         for file, data in files.items():
             self._store.write(join(folder, file), data)
@@ -106,22 +109,40 @@ class CheckpointFolder:
 
     def names(self) -> list[str]:
         """Return the names of all checkpoints, whole or not, oldest first."""
-        try:
-            found = self._store.list(self.url)
-        except NotFoundError:
-            return []
-        below = (info.url.removeprefix(self.url).lstrip("/").split("/") for info in found)
-        return sorted({parts[0] for parts in below if len(parts) > 1 and parts[0].startswith("step-")})
+        return sorted(self._contents())
 
     def keep_for_good(self, checkpoint: Checkpoint) -> None:
         """Exempt a checkpoint from `prune`."""
         self._store.write(join(checkpoint.url, _KEEP), b"")
 
-    def prune(self, *, keep: int) -> None:
-        """Remove all but the newest `keep` and those kept for good; call it after a save, never before."""
-        for name in self.names()[:-keep]:
-            if not self._store.exists(join(self.url, name, _KEEP)):
+    def prune(self, newest: Checkpoint, *, keep: int) -> None:
+        """Remove what is older than the newest `keep` checkpoints, but for those kept for good.
+
+        Args:
+            newest: the one that was saved last. Whatever has a later step was passed over when the run was
+                restored: it does not count, and stays until the run has come as far.
+            keep: how many, `newest` among them.
+        """
+        contents = self._contents()
+        names = [name for name in sorted(contents) if name <= posixpath.basename(newest.url)]
+        whole = [name for name in names if _LIST in contents[name]]
+        kept = {*whole[-keep:], *(name for name in whole if _KEEP in contents[name])}
+        for name in names:
+            if name not in kept:
                 self._store.delete(join(self.url, name))
+
+    def _contents(self) -> dict[str, set[str]]:
+        """The files of every checkpoint, by its name."""
+        try:
+            found = self._store.list(self.url)
+        except NotFoundError:
+            return {}
+        contents: dict[str, set[str]] = {}
+        for info in found:
+            name, _, file = info.url.removeprefix(self.url).lstrip("/").partition("/")
+            if name.startswith("step-") and file:
+                contents.setdefault(name, set()).add(file)
+        return contents
 
 
 def read_checkpoint(url: str, store: Store) -> tuple[Checkpoint, dict[str, bytes]]:

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from streamswav.errors import NonFiniteError
+from streamswav.errors import NonFiniteError, StreamswavError
 from streamswav.loader import Batch
 from streamswav.stream.manifest import Manifest
+from streamswav.stream.samples import Quarantined
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Progress, Reporter
 from streamswav.training.checkpoint import Checkpoint
@@ -44,6 +44,8 @@ class Monitor:
         self.loss_last = math.nan
         self._began = self._logged = self._stepped = time.perf_counter()
         self._phases: dict[str, float] = {}
+        self._accounted = 0.0
+        self._state = "init"
         self._images_begun = self._images_logged = 0
         self._losses = torch.zeros((), device=ranks.device)
         self._used = torch.zeros(prototypes, dtype=torch.bool, device=ranks.device)
@@ -54,9 +56,14 @@ class Monitor:
     def begin(self, *, images: int, loss_first: float | None) -> None:
         """Start the clocks; `images` were trained before this process."""
         self._began = self._logged = self._stepped = time.perf_counter()
+        self._accounted = 0.0
         self._images_begun = self._images_logged = self._trained = images
         self.loss_first = loss_first
-        self.metrics.set_state("training")
+        self._enter("training")
+
+    def draining(self) -> None:
+        """Tell that the run stops after a signal."""
+        self._enter("draining")
 
     def log_due(self) -> bool:
         """Tell whether it is time for a log line; the first step gets one at once."""
@@ -69,9 +76,19 @@ class Monitor:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - began
-            self._phases[name] = self._phases.get(name, 0.0) + seconds
-            self.metrics.step_phase.labels(name).inc(seconds)
+            self._account(name, time.perf_counter() - began)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Account the time within to the checkpoint."""
+        self.metrics.set_state("checkpoint")
+        try:
+            with self.phase("checkpoint"):
+                yield
+        except StreamswavError:
+            self.metrics.checkpoints.labels("failed").inc()
+            raise
+        self.metrics.set_state(self._state)
 
     def stepped(self, batch: Batch, result: StepResult, *, step: int, images: int, rate: float) -> None:
         """Record one step."""
@@ -82,6 +99,8 @@ class Monitor:
         self._steps += 1
         metrics, now = self.metrics, time.perf_counter()
         metrics.step_duration.observe(now - self._stepped)
+        self._account("other", max(0.0, now - self._stepped - self._accounted))
+        self._accounted = 0.0
         metrics.step.set(step)
         metrics.images.inc(images - self._trained)
         metrics.samples.labels("trained").inc(images - self._trained)
@@ -92,10 +111,12 @@ class Monitor:
         for outcome, received in batch.traffic:
             metrics.s3_requests.labels(outcome).inc()
             metrics.s3_received_bytes.inc(received)
-        for each in batch.quarantined:
-            metrics.samples.labels("quarantined").inc(each.ordinal is not None)
-            metrics.quarantined_bytes.labels(each.reason).inc(each.stop - each.start)
         self._stepped, self._trained = now, images
+
+    def quarantined(self, each: Quarantined) -> None:
+        """Record bytes that are not trained."""
+        self.metrics.samples.labels("quarantined").inc(each.ordinal is not None)
+        self.metrics.quarantined_bytes.labels(each.reason).inc(each.stop - each.start)
 
     def log(self, *, step: int, images: int, fraction: float, rate: float, quarantined: int) -> None:
         """Read the loss from the device, tell it; every rank must call this after the same step.
@@ -148,23 +169,27 @@ class Monitor:
         """Speed over all that this process trained."""
         return (self._trained - self._images_begun) / max(self._stepped - self._began, 1e-9)
 
-    def saved(self, checkpoint: Checkpoint | None) -> None:
+    def saved(self, checkpoint: Checkpoint) -> None:
         """Record a checkpoint."""
         self.metrics.checkpoints.labels("ok").inc()
         self.metrics.checkpoint_last_success_timestamp.set(time.time())
-        if checkpoint:
-            self.metrics.checkpoint_last_success_step.set(checkpoint.step)
-            self.metrics.checkpoint_bytes.set(checkpoint.size)
-            self._reporter.event("checkpoint", f"saved {checkpoint.url}", step=checkpoint.step)
-
-    def event(self, name: str, message: str, **fields: Any) -> None:
-        """Tell that something happened."""
-        self._reporter.event(name, message, **fields)
+        self.metrics.checkpoint_last_success_step.set(checkpoint.step)
+        self.metrics.checkpoint_bytes.set(checkpoint.size)
+        self._reporter.event("checkpoint", f"saved {checkpoint.url}", step=checkpoint.step)
 
     def describe(self, manifest: Manifest, about: Mapping[str, str]) -> None:
         """Record what runs."""
         self.metrics.run_info.info(dict(about))
         self.metrics.stream_shards.labels("manifest").set(len(manifest.shards))
+
+    def _enter(self, state: str) -> None:
+        self._state = state
+        self.metrics.set_state(state)
+
+    def _account(self, phase: str, seconds: float) -> None:
+        self._phases[phase] = self._phases.get(phase, 0.0) + seconds
+        self._accounted += seconds
+        self.metrics.step_phase.labels(phase).inc(seconds)
 
     def _mean_over_ranks(self, value: float) -> float:
         return sum(self._ranks.gather(value)) / self._ranks.world_size

@@ -13,6 +13,7 @@ import torch
 from streamswav.config import Config, dump_config
 from streamswav.errors import CheckpointError
 from streamswav.stream.position import Position
+from streamswav.stream.store import Store, join
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, pack, unpack
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed
@@ -50,14 +51,17 @@ class Saver:
     def __init__(
         self,
         folder: CheckpointFolder,
+        store: Store,
         config: Config,
         ranks: Ranks,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._folder, self._config, self._ranks, self._clock = folder, config, ranks, clock
+        self._folder, self._store, self._config, self._ranks = folder, store, config, ranks
+        self._clock = clock
         self._saved_at = clock()
         self._saved_images = 0
+        self._finished = False
         self.last: Checkpoint | None = None
 
     def due(self, images: int) -> bool:
@@ -67,32 +71,50 @@ class Saver:
         far = section.images is not None and images - self._saved_images >= section.images
         return late or far
 
-    def save(self, learner: Learner, feed: Feed, *, step: int, loss_first: float | None) -> None:
+    def save(self, learner: Learner, feed: Feed, *, step: int, loss_first: float | None) -> Checkpoint | None:
         """Write a checkpoint; every rank must call this after the same step.
+
+        Returns:
+            The checkpoint; None where the last one holds all this already.
 
         Raises:
             StorageError: it could not be written.
         """
         position = feed.synchronise()
+        if self.last and self.last.step == step and self._finished == position.finished:
+            return None
         state = learner.state_dict()
-        own = {"queue": state.pop("queue"), "random": torch.get_rng_state()}
-        by_rank = self._ranks.gather(own)
-        if self._ranks.leads:
-            run = {"step": step, "loss_first": loss_first}
-            quarantined = "".join(json.dumps(asdict(each)) + "\n" for each in feed.unwritten)
+        by_rank = self._ranks.gather({"queue": state.pop("queue"), "random": torch.get_rng_state()})
+
+        def write() -> Checkpoint:
+            self._write_quarantined(feed, step)
             files = {
                 "model.pt": pack(state),
                 "ranks.pt": pack(by_rank),
                 "position.json": json.dumps(position.to_json()).encode(),
-                "run.json": json.dumps(run).encode(),
+                "run.json": json.dumps({"step": step, "loss_first": loss_first}).encode(),
                 "config.yaml": dump_config(self._config).encode(),
-                "quarantined.jsonl": quarantined.encode(),
             }
             about = describe_model(self._config)
-            self.last = self._folder.save(files, step=step, images=position.trained, about=about)
-            self._prune(position.trained)
-        feed.unwritten.clear()
+            saved = self._folder.save(files, step=step, images=position.trained, about=about)
+            self._prune(saved)
+            return saved
+
+        self.last = self._ranks.lead(write)
         self._saved_at, self._saved_images = self._clock(), position.trained
+        self._finished = position.finished
+        feed.unwritten.clear()
+        return self.last
+
+    def _write_quarantined(self, feed: Feed, step: int) -> None:
+        """List what was not trained since the last checkpoint, in a file that no checkpoint's end removes.
+
+        After a crash the same entries may come in two of these files, alike to the letter.
+        """
+        if feed.unwritten:
+            place = join(self._config.run.directory, "quarantined", f"step-{step:09d}.jsonl")
+            named = ({**asdict(each), "shard": feed.shard_key(each)} for each in feed.unwritten)
+            self._store.write(place, "".join(json.dumps(each) + "\n" for each in named).encode())
 
     def restore(self) -> Restored | None:
         """Read the newest whole checkpoint, chosen by rank 0 for all; None where the run is new.
@@ -100,27 +122,29 @@ class Saver:
         Raises:
             CheckpointError: it is of another model, or none is whole.
         """
-        found = self._ranks.from_leader(self._folder.newest() if self._ranks.leads else None)
+        found = self._ranks.lead(self._folder.newest)
         if found is None:
             return None
         checkpoint, files = found
         refuse_other_model(checkpoint, describe_model(self._config))
         run = json.loads(files["run.json"])
+        position = Position.from_json(json.loads(files["position.json"]))
         self.last, self._saved_images = checkpoint, checkpoint.images
+        self._finished = position.finished
         return Restored(
             checkpoint,
             step=run["step"],
             loss_first=run["loss_first"],
-            position=Position.from_json(json.loads(files["position.json"])),
+            position=position,
             shared=unpack(files["model.pt"]),
             by_rank=unpack(files["ranks.pt"]),
         )
 
-    def _prune(self, images: int) -> None:
+    def _prune(self, saved: Checkpoint) -> None:
         every = self._config.checkpoint.keep_every_images
-        if every and self.last and images // every > self._saved_images // every:
-            self._folder.keep_for_good(self.last)
-        self._folder.prune(keep=self._config.checkpoint.keep)
+        if every and saved.images // every > self._saved_images // every:
+            self._folder.keep_for_good(saved)
+        self._folder.prune(saved, keep=self._config.checkpoint.keep)
 
 
 def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int) -> None:

@@ -63,10 +63,12 @@ class Trainer:
             feed.commit(batch)
             self.step += 1
             monitor.stepped(batch, result, step=self.step, images=feed.trained, rate=stride.rate)
-            if feed.log_agreed:
+            if feed.log_agreed or feed.save_agreed:  # a checkpoint must not hold what is not finite
                 self._log(stride.rate)
             if feed.save_agreed:
                 self._save()
+        if feed.drained:
+            monitor.draining()
         self._log(self._pace.stride(feed.trained, feed.committed_bytes).rate)
         self._save()
         if feed.drained:
@@ -107,6 +109,8 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        with self._monitor.phase("checkpoint"):
-            self._saver.save(self._learner, self._feed, step=self.step, loss_first=self._monitor.loss_first)
-        self._monitor.saved(self._saver.last)
+        feed, monitor = self._feed, self._monitor
+        with monitor.saving():
+            saved = self._saver.save(self._learner, feed, step=self.step, loss_first=monitor.loss_first)
+        if saved:
+            monitor.saved(saved)
