@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from streamswav.config import Config, check_combinations
+from streamswav.config import Config, check_combinations, keys
 from streamswav.errors import ConfigError
 
 PAPER_BATCH = 4096
 _MEMORY_OF_THE_PAPER = {1: 64, 2: 32, 4: 32, 5: 8}
 _DIVISORS_OF_12 = (12, 6, 4, 3, 2, 1)
+_OF_THE_RUN = ("stream", "swav", "optimizer")
 _STANDING = {
     "stream.window": "about 13 MB of photographs to read again when a lane resumes",
     "stream.skip_ratio": "uncurated data is dirty; losing a tenth of it is a mistake upstream",
@@ -35,6 +36,7 @@ class Facts:
         bfloat16: whether that GPU has it.
         shards: in the manifest.
         samples: in one pass, where the producers counted; else None.
+        begun: the complete configuration of the run that is continued; else None.
     """
 
     world_size: int
@@ -43,6 +45,7 @@ class Facts:
     bfloat16: bool
     shards: int
     samples: int | None
+    begun: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Choice:
 def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     """Fill in everything that was left open.
 
+    What a run once chose stays, although its rule would choose otherwise on other machines.
+
     Returns:
         The complete configuration, and what was chosen with reasons, in order. Amounts of images stay
         None where the number of samples is not known: they are then shares of the manifest's bytes.
@@ -64,7 +69,9 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     Raises:
         ConfigError: the given values and the facts do not fit together.
     """
-    chosen = _standing(config)
+    standing = _standing(config)
+    config, kept = _as_begun(config, facts.begun)
+    chosen = standing + kept
     values = config.model_dump()
 
     def choose(key: str, rule: Callable[[], tuple[Any, str]]) -> Any:
@@ -85,6 +92,9 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     _choose_objective(choose, config, batch, total)
     _choose_rate(choose, config, batch, total)
     choose("training.sync_batch_norm", lambda: _sync_batch_norm(config, facts))
+    if total is not None:
+        often = max(1, total // 20)
+        choose("checkpoint.keep_every_images", lambda: (often, "one in 5% of the run is kept for good"))
     if config.training.precision == "auto":
         values["training"]["precision"] = None
         choose("training.precision", lambda: _precision(facts))
@@ -101,6 +111,21 @@ def _standing(config: Config) -> list[Choice]:
         if field not in section.model_fields_set:
             found.append(Choice(key, getattr(section, field), reason))
     return found
+
+
+def _as_begun(config: Config, begun: Config | None) -> tuple[Config, list[Choice]]:
+    """Take over what defines the order and the objective of the run that is continued."""
+    values = config.model_dump()
+    before = begun.model_dump() if begun else {}
+    kept = []
+    for key in keys():
+        section, name = key.split(".")
+        if section in _OF_THE_RUN or key == "training.batch":
+            value = before.get(section, {}).get(name)
+            if values[section][name] is None and value is not None:
+                values[section][name] = value
+                kept.append(Choice(key, value, "as the run began"))
+    return Config.model_validate(values), kept
 
 
 Choose = Callable[[str, Callable[[], tuple[Any, str]]], Any]

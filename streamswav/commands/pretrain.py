@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -70,15 +70,20 @@ def pretrain(config: Config) -> dict[str, Any]:
     """
     _refuse_incomplete(config)
     metrics = Metrics()
-    with join_ranks(config.training.device) as ranks:
-        port = config.telemetry.port if ranks.leads else 0
-        with serve_metrics(metrics, port=port, bind=config.telemetry.bind), _failure_seen(metrics):
-            reporter = Reporter(silent=not ranks.leads)
-            try:
-                run = _prepare(config, ranks, metrics, reporter)
-                return _train(run)
-            finally:
-                reporter.close()
+    with join_ranks(config.training.device) as ranks, ExitStack() as stack:
+        try:
+            section = config.telemetry
+            ranks.lead(
+                lambda: stack.enter_context(serve_metrics(metrics, port=section.port, bind=section.bind))
+            )
+            reporter = stack.enter_context(closing(Reporter(silent=not ranks.leads)))
+            return _train(_prepare(config, ranks, metrics, reporter))
+        except StreamswavError as error:
+            metrics.set_state("draining" if isinstance(error, DrainedError) else "failed")
+            if ranks.leads:
+                raise
+            # All ranks have the same error, since they agree on every one: rank 0 tells it.
+            raise SystemExit(error.exit_code) from None
 
 
 def _refuse_incomplete(config: Config) -> None:
@@ -88,23 +93,14 @@ def _refuse_incomplete(config: Config) -> None:
         raise ConfigError("run.directory", "say where the run is kept, as --run.directory runs/first")
 
 
-@contextmanager
-def _failure_seen(metrics: Metrics) -> Iterator[None]:
-    try:
-        yield
-    except DrainedError:
-        metrics.set_state("draining")
-        raise
-    except BaseException:
-        metrics.set_state("failed")
-        raise
-
-
 def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter) -> Run:
     """List the shards, choose what was left open, and say so."""
     _set_up_torch(config, ranks)
     store = Store(config.storage)
-    manifest = _agreed_manifest(config, ranks, store, reporter)
+    manifest = ranks.lead(lambda: _freeze_manifest(config, store, reporter))
+    begun = ranks.lead(lambda: _read_begun(config, store))
+    if begun:
+        _refuse_other_grid(_grid(begun), config)
     facts = Facts(
         world_size=ranks.world_size,
         cores=max(1, len(os.sched_getaffinity(0)) // local_world_size()),
@@ -112,14 +108,15 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
         bfloat16=ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(),
         shards=len(manifest.shards),
         samples=manifest.samples,
+        begun=begun,
     )
     resolved, choices = resolve(config, facts)
     for choice in choices:
         reporter.event(
             "default", f"{choice.key} = {choice.value}  ({choice.reason})", key=choice.key, value=choice.value
         )
-    batch = resolved.training.batch
-    if manifest.samples is not None and batch is not None and manifest.samples < batch:
+    batch = _known(resolved.training.batch)
+    if manifest.samples is not None and manifest.samples < batch:
         raise ManifestError(
             f"{redact(config.stream.urls[0])}: {manifest.samples} samples are fewer than one global batch "
             f"(training.batch = {batch}); lower it or add data"
@@ -136,21 +133,6 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
         torch.backends.cudnn.benchmark = False
     elif ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-
-
-def _agreed_manifest(config: Config, ranks: Ranks, store: Store, reporter: Reporter) -> Manifest:
-    """Rank 0 lists the shards, or takes the run's frozen list, for all."""
-    answer: Manifest | StreamswavError | None = None
-    if ranks.leads:
-        try:
-            answer = _freeze_manifest(config, store, reporter)
-        except StreamswavError as error:
-            answer = error
-    answer = ranks.from_leader(answer)
-    assert answer is not None
-    if isinstance(answer, StreamswavError):
-        raise answer
-    return answer
 
 
 def _freeze_manifest(config: Config, store: Store, reporter: Reporter) -> Manifest:
@@ -181,20 +163,29 @@ def _freeze_manifest(config: Config, store: Store, reporter: Reporter) -> Manife
     return Manifest(tuple(there[shard.key] for shard in frozen.shards), frozen.samples)
 
 
+def _read_begun(config: Config, store: Store) -> Config | None:
+    """Read what was chosen when the run began; before its first checkpoint everything is still open."""
+    place = join(config.run.directory, "config.yaml")
+    if not _checkpoints(config, store).names() or not store.exists(place):
+        return None
+    return parse_config(yaml.safe_load(store.read(place)))
+
+
+def _checkpoints(
+    config: Config, store: Store, warn: Callable[[str], None] = lambda _: None
+) -> CheckpointFolder:
+    return CheckpointFolder(join(config.run.directory, "checkpoints"), store, warn=warn)
+
+
 def _train(run: Run) -> dict[str, Any]:
-    config, ranks = run.config, run.ranks
-    folder = CheckpointFolder(
-        join(config.run.directory, "checkpoints"),
-        run.store,
-        warn=lambda text: run.reporter.event("warning", text),
-    )
-    saver = Saver(folder, config, ranks)
+    """Go on from the newest checkpoint, or begin; the summary is rank 0's, empty on others."""
+    config, ranks, reporter = run.config, run.ranks, run.reporter
+    folder = _checkpoints(config, run.store, lambda text: reporter.event("warning", text))
+    saver = Saver(folder, run.store, config, ranks)
     restored = saver.restore()
-    if ranks.leads:
-        run.store.write(join(config.run.directory, "config.yaml"), dump_config(config).encode())
     monitor = Monitor(
         run.metrics,
-        run.reporter,
+        reporter,
         ranks,
         prototypes=_known(config.swav.prototypes),
         log_seconds=config.telemetry.log_seconds,
@@ -204,24 +195,25 @@ def _train(run: Run) -> dict[str, Any]:
     with _drain_on_signals() as drain:
         trainer, feed = _build_trainer(run, saver, monitor, restored, drain)
         if trainer.done:
-            run.reporter.event("done", f"{config.run.directory}: this run is done ({feed.trained:,} images)")
+            reporter.event("done", f"{config.run.directory}: this run is done ({feed.trained:,} images)")
         else:
+            place = join(config.run.directory, "config.yaml")
+            ranks.lead(lambda: run.store.write(place, dump_config(config).encode()))
             monitor.begin(images=feed.trained, loss_first=restored.loss_first if restored else None)
             trainer.train()
     run.metrics.set_state("done")
-    return _summarise(run, trainer, feed, monitor, saver)
+    summary = ranks.lead(lambda: _summarise(run, trainer, feed, monitor, saver))
+    return summary if ranks.leads else {}
 
 
 def _build_trainer(
     run: Run, saver: Saver, monitor: Monitor, restored: Restored | None, drain: Callable[[], bool]
 ) -> tuple[Trainer, Feed]:
     config, ranks = run.config, run.ranks
-    batch = _known(config.training.batch)
     learner = build_learner(config, ranks)
     position = _start_position(run, restored)
-    position.plan(run.manifest)
     if restored:
-        load_into(learner, restored, ranks, batch=batch)
+        load_into(learner, restored, ranks, batch=_known(config.training.batch))
         run.reporter.event(
             "resumed",
             f"going on from {restored.checkpoint.url} ({position.trained:,} images)",
@@ -243,6 +235,7 @@ def _build_trainer(
         drain=drain,
         wants_save=lambda: saver.due(feed.trained),
         wants_log=monitor.log_due,
+        on_quarantined=monitor.quarantined,
     )
     trainer = Trainer(
         learner=learner,
@@ -321,25 +314,40 @@ def _start_position(run: Run, restored: Restored | None) -> Position:
     """The restored position, or the beginning.
 
     Raises:
-        PositionError: the grid or seed of the configuration is not the run's.
+        PositionError: the shards, the grid or the seed of the configuration are not the run's.
     """
-    config = run.config
-    grid = Grid(
-        _known(config.training.batch),
-        _known(config.stream.columns),
-        _known(config.stream.rows),
-        config.stream.window,
-    )
+    grid = _grid(run.config)
     if restored is None:
-        return Position(run.manifest.digest, grid, config.stream.seed)
-    begun = restored.position.grid
-    if begun != grid:
-        raise PositionError(
-            f"the run began with training.batch, stream.columns, stream.rows, stream.window = "
-            f"{begun.batch}, {begun.columns}, {begun.rows}, {begun.window}; now they are "
-            f"{grid.batch}, {grid.columns}, {grid.rows}, {grid.window}: set them back"
-        )
+        return Position(run.manifest.digest, grid, run.config.stream.seed)
+    _refuse_other_grid(restored.position.grid, run.config)
+    restored.position.plan(run.manifest)
     return restored.position
+
+
+def _grid(config: Config) -> Grid:
+    stream = config.stream
+    return Grid(_known(config.training.batch), _known(stream.columns), _known(stream.rows), stream.window)
+
+
+def _refuse_other_grid(begun: Grid, config: Config) -> None:
+    """Compare the grid that a run began with to what is configured; what is left open is no difference.
+
+    Raises:
+        PositionError: naming the first key that differs.
+    """
+    stream = config.stream
+    now = {
+        "training.batch": (begun.batch, config.training.batch),
+        "stream.columns": (begun.columns, stream.columns),
+        "stream.rows": (begun.rows, stream.rows),
+        "stream.window": (begun.window, stream.window),
+    }
+    for key, (old, new) in now.items():
+        if new is not None and new != old:
+            raise PositionError(
+                f"the run in {redact(config.run.directory)} began with {key} = {old}, now it is {new}: "
+                "set it back, or choose another run.directory"
+            )
 
 
 @contextmanager
@@ -365,7 +373,12 @@ def _about(config: Config, ranks: Ranks) -> dict[str, str]:
 
 
 def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: Saver) -> dict[str, Any]:
+    """Write what the run came to; where this process trained nothing, what was written before stands."""
     config, position = run.config, feed.position
+    place = join(config.run.directory, "summary.json")
+    if monitor.images_per_second == 0 and run.store.exists(place):
+        before: dict[str, Any] = json.loads(run.store.read(place))
+        return before
     samples, loss = run.manifest.samples, monitor.loss_last
     left = sum(len(piece.named() or ()) for piece in position.carried) if position.finished else None
     summary = {
@@ -387,9 +400,7 @@ def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: 
         "checkpoint": saver.last.url if saver.last else None,
         "shards_url": redact(config.stream.urls[0]),
     }
-    place = join(config.run.directory, "summary.json")
-    if run.ranks.leads and monitor.images_per_second > 0:
-        run.store.write(place, json.dumps(summary, indent=1).encode())
+    run.store.write(place, json.dumps(summary, indent=1).encode())
     return summary
 
 
