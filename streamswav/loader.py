@@ -188,7 +188,7 @@ def open_loader(
         so that the rank can look up.
     """
     if workers == 0:
-        yield iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory))
+        yield iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory, generator=torch.Generator()))
         return
     start_fork_server()
     context = multiprocessing.get_context("forkserver")
@@ -200,6 +200,8 @@ def open_loader(
         prefetch_factor=prefetch,
         pin_memory=pin_memory,
         timeout=PATIENCE_SECONDS,
+        # Its own, or each start of the loader would take a number from the rank's.
+        generator=torch.Generator(),
         worker_init_fn=functools.partial(_prepare_worker, leash=leash),
         # s3fs is not fork-safe, and spawn would import torch again in every worker.
         multiprocessing_context=context,
