@@ -67,7 +67,7 @@ class Monitor:
 
     def log_due(self) -> bool:
         """Tell whether it is time for a log line; the first step gets one at once."""
-        return self._steps == 0 or time.perf_counter() - self._logged >= self._log_seconds
+        return self.loss_first is None or time.perf_counter() - self._logged >= self._log_seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
