@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ATTEMPTS = 10
-DRAWS = 2 * ATTEMPTS + 2
+BOX_DRAWS = 2 * ATTEMPTS + 2
 """Uniform numbers that one box takes."""
 
 JPEG_SCALES = (4, 2)
@@ -30,7 +30,7 @@ def draw_boxes(
     aspect ratio is allowed.
 
     Args:
-        uniforms: float64 [n, DRAWS] in [0, 1).
+        uniforms: float64 [n, BOX_DRAWS] in [0, 1).
         height: of the image, in pixels.
         width: of the image, in pixels.
         scales: float64 [n, 2], smallest and largest share of the image's area.
@@ -59,9 +59,9 @@ def draw_boxes(
 def decoding_scale(boxes: NDArray[np.int64], sizes: NDArray[np.int64]) -> int:
     """Return the k of the smallest JPEG scale 1/k (1, 2 or 4) that no crop notices.
 
-    Every box must still have `MARGIN` times the pixels of its crop along either side: at exactly the crop's
-    size the scaled transform's sharper filter shows (mean difference 1.7 levels of 255 on photographs,
-    gradients a quarter larger), at this margin it does not (0.8 levels, gradients equal to 2%).
+    Every box must still have `MARGIN` times the pixels of its crop along either side. At exactly the crop's
+    size the sharper filter of the scaled transform shows, at this margin it does not
+    (`ops/decisions/005-augmentation.md` has the figures).
 
     Args:
         boxes: int64 [n, 4]: top, left, height, width.

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamswav.config import CropsSection
-from streamswav.crops import boxes as box_rules
+from streamswav.crops.boxes import BOX_DRAWS, decoding_scale, draw_boxes
 from streamswav.crops.decode import decode, image_size
-from streamswav.crops.parameters import DRAWS, ParameterLaw
+from streamswav.crops.parameters import PARAMETER_DRAWS, ParameterLaw
 from streamswav.crops.philox import uniforms
 from streamswav.errors import DecodeError
 
@@ -51,22 +51,20 @@ class MultiCrop:
         section = self._section
         height, width = image_size(image, exif_orientation=section.exif_orientation)
         for_boxes, for_augmentation = self._uniforms(key)
-        boxes = box_rules.draw_boxes(
-            for_boxes, height=height, width=width, scales=self._scales, aspect=section.aspect
-        )
+        boxes = draw_boxes(for_boxes, height=height, width=width, scales=self._scales, aspect=section.aspect)
         pixels = decode(
             image,
             max_pixels=section.max_pixels,
-            scale=box_rules.decoding_scale(boxes, self._sizes),
+            scale=decoding_scale(boxes, self._sizes),
             exif_orientation=section.exif_orientation,
         )
         crops = self._cut(pixels, _rescale(boxes, (height, width), pixels.shape[:2]))
         return Crops(crops, torch.from_numpy(self._law.draw(for_augmentation)))
 
     def _uniforms(self, key: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        draws = box_rules.DRAWS + DRAWS
+        draws = BOX_DRAWS + PARAMETER_DRAWS
         rows = uniforms(len(self._sizes) * draws, "crops", self._seed, *key).reshape(-1, draws)
-        return rows[:, : box_rules.DRAWS], rows[:, box_rules.DRAWS :]
+        return rows[:, :BOX_DRAWS], rows[:, BOX_DRAWS:]
 
     def _cut(self, pixels: NDArray[np.uint8], boxes: NDArray[np.int64]) -> tuple[Tensor, ...]:
         remaining = iter(boxes.tolist())
@@ -119,7 +117,7 @@ def centre_crop(
     if new_height * new_width > max_pixels:
         raise DecodeError("too_large", f"{height} x {width} is too long to be resized to {resize}")
     box = np.array([[0, 0, height, width]])
-    scale = box_rules.decoding_scale(box, np.array([resize]))
+    scale = decoding_scale(box, np.array([resize]))
     pixels = decode(image, max_pixels=max_pixels, scale=scale, exif_orientation=exif_orientation)
     top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
     resized = _resize(pixels, new_height, new_width)[0].permute(1, 2, 0)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from streamswav.config import CropsSection
 
-DRAWS = 10
+PARAMETER_DRAWS = 10
 """Uniform numbers that one crop's parameters take."""
 
 ORDERS = tuple(itertools.permutations(range(4)))
@@ -52,7 +52,7 @@ class ParameterLaw:
         """Turn uniform numbers into parameters, a crop a row.
 
         Args:
-            uniforms: float64 [n, DRAWS] in [0, 1).
+            uniforms: float64 [n, PARAMETER_DRAWS] in [0, 1).
 
         Returns:
             float32 [n, len(Column)].

@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 from streamswav.config import CropsSection
 from streamswav.crops import ORDERS, Augment, Column, ParameterLaw, normalise, uniforms
 from streamswav.crops import augment as augment_module
-from streamswav.crops import parameters as parameter_module
+from streamswav.crops.parameters import PARAMETER_DRAWS
 
 PLAIN = CropsSection(mean=(0, 0, 0), std=(1, 1, 1))
 OPERATIONS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -25,7 +25,7 @@ def untouched(*shape):
 
 
 def drawn(n, *, seed=0, section=PLAIN):
-    draws = uniforms(n * parameter_module.DRAWS, "augment", seed).reshape(n, -1)
+    draws = uniforms(n * PARAMETER_DRAWS, "augment", seed).reshape(n, -1)
     return torch.from_numpy(ParameterLaw(section).draw(draws))
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from streamswav.crops.boxes import ATTEMPTS, DRAWS, decoding_scale, draw_boxes
+from streamswav.crops.boxes import ATTEMPTS, BOX_DRAWS, decoding_scale, draw_boxes
 from streamswav.crops.philox import uniforms
 
 ASPECT = (3 / 4, 4 / 3)
@@ -15,7 +15,7 @@ ASPECT = (3 / 4, 4 / 3)
 
 def drawn(n, *, height, width, scale, aspect=ASPECT, seed=0):
     scales = np.tile(np.array(scale, dtype=float), (n, 1))
-    draws = uniforms(n * DRAWS, "boxes", seed, height, width).reshape(n, DRAWS)
+    draws = uniforms(n * BOX_DRAWS, "boxes", seed, height, width).reshape(n, BOX_DRAWS)
     return draw_boxes(draws, height=height, width=width, scales=scales, aspect=aspect)
 
 
@@ -51,7 +51,7 @@ def test_every_box_lies_inside_the_image_and_is_not_empty(height, width, low, hi
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (28, 28), (90, 400), (7, 3), (1200, 300)])
 def test_boxes_follow_the_rule_attempt_by_attempt(height, width):
     scales = np.array([(0.14, 1.0), (0.05, 0.14), (0.6, 1.0)] * 60)
-    draws = uniforms(len(scales) * DRAWS, height, width).reshape(-1, DRAWS)
+    draws = uniforms(len(scales) * BOX_DRAWS, height, width).reshape(-1, BOX_DRAWS)
     boxes = draw_boxes(draws, height=height, width=width, scales=scales, aspect=ASPECT)
     for box, row, scale in zip(boxes, draws, scales, strict=True):
         expected = box_by_the_rule(row, height=height, width=width, scale=scale, aspect=ASPECT)

@@ -83,7 +83,7 @@ def boxes_drawn(monkeypatch, section, image):
         return decoding_scale(drawn, sizes)
 
     with monkeypatch.context() as patch:
-        patch.setattr("streamswav.crops.boxes.decoding_scale", overhear)
+        patch.setattr("streamswav.crops.multicrop.decoding_scale", overhear)
         crops_of(image, section=section)
     return boxes[0]
 
@@ -94,7 +94,7 @@ def test_crops_of_an_image_decoded_smaller_are_those_of_the_whole(size, scale, m
     image = encode(photograph(900, 1200), quality=92)
     assert decoding_scale(boxes_drawn(monkeypatch, section, image), np.array([size] * 8)) == scale
     smaller = crops_of(image, section=section).pixels[0].float()
-    monkeypatch.setattr("streamswav.crops.boxes.decoding_scale", lambda boxes, sizes: 1)
+    monkeypatch.setattr("streamswav.crops.multicrop.decoding_scale", lambda boxes, sizes: 1)
     whole = crops_of(image, section=section).pixels[0].float()
     assert not torch.equal(smaller, whole)
     assert (smaller - whole).abs().mean() < 2
