@@ -45,13 +45,17 @@ def draw_boxes(
     stretches = np.exp(log_low + (log_high - log_low) * uniforms[:, ATTEMPTS : 2 * ATTEMPTS])
 
     limits = np.array(((height,), (width,)))
-    sides = np.rint(np.stack((roots / stretches, roots * stretches)))
+    sides = np.empty((2, len(roots), ATTEMPTS))
+    np.divide(roots, stretches, out=sides[0])
+    np.multiply(roots, stretches, out=sides[1])
+    np.rint(sides, out=sides)
     fits = ((sides > 0) & (sides <= limits[:, :, None])).all(axis=0)
     first = fits.argmax(axis=1)
     sides = sides[:, np.arange(len(first)), first]
-    corners = np.floor(uniforms[:, 2 * ATTEMPTS :].T * (limits - sides + 1))
 
-    boxes = np.concatenate((corners, sides)).T.astype(np.int64)
+    boxes = np.empty((len(first), 4), dtype=np.int64)
+    boxes[:, :2] = (uniforms[:, 2 * ATTEMPTS :].T * (limits - sides + 1)).T
+    boxes[:, 2:] = sides.T
     boxes[~fits.any(axis=1)] = _central_box(height, width, aspect)
     return boxes
 
