@@ -15,6 +15,18 @@ Next, your own bucket:
 """
 
 
+def describe(run, stream) -> str:
+    """Say in three lines what was done, that every image is accounted for, and what it gave."""
+    return (
+        f"\n{run['images']:,} images in {stream['passes']} passes, {run['images_per_second']:,.0f} a second; "
+        f"loss {run['loss_first']:.2f} -> {run['loss_last']:.2f} (ln K {run['ln_prototypes']:.2f})\n"
+        f"{stream['trained']:,} trained + {stream['quarantined']:,} quarantined + {stream['left']:,} left "
+        f"= {stream['manifest']:,} in the manifest\n"
+        f"kNN {run['knn']:.1%} (untrained {run['knn_untrained']:.1%}, pixels {run['knn_pixels']:.1%}), "
+        f"linear {run['linear']:.1%} (untrained {run['linear_untrained']:.1%})"
+    )
+
+
 def main() -> int:
     here = Path(sys.argv[1])
     summary = json.loads((here / "pretrain.json").read_text())
@@ -23,16 +35,7 @@ def main() -> int:
             if value["protocol"] == protocol:
                 summary[name + SUFFIXES[value["column"]]] = value["scores"]["top1"]
     (here / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    stream = summary["stream"]
-    print(
-        f"\n{summary['images']:,} images in {stream['passes']} passes, {summary['images_per_second']:,.0f} a second; "
-        f"loss {summary['loss_first']:.2f} -> {summary['loss_last']:.2f} (ln K {summary['ln_prototypes']:.2f})\n"
-        f"{stream['trained']:,} trained + {stream['quarantined']:,} quarantined + {stream['left']:,} left over "
-        f"= {stream['manifest']:,} in the manifest\n"
-        f"kNN {summary['knn']:.1%} (untrained {summary['knn_untrained']:.1%}, pixels {summary['knn_pixels']:.1%}), "
-        f"linear {summary['linear']:.1%} (untrained {summary['linear_untrained']:.1%})\n"
-        f"All figures: {here / 'summary.json'}"
-    )
+    print(describe(summary, summary["stream"]) + f"\nAll figures: {here / 'summary.json'}")
     print(NEXT)
     return 0
 

@@ -13,8 +13,8 @@ from conftest import S3Server, WebServer
 
 from streamswav.config import StorageSection
 from streamswav.errors import ChangedError, DeniedError, NotFoundError, UnavailableError, UnsupportedError
-from streamswav.stream import retry
-from streamswav.stream.store import PART_BYTES, Store
+from streamswav.stream.store import Store, retry
+from streamswav.stream.store.s3 import PART_BYTES
 
 DATA = bytes(range(256)) * 1000
 

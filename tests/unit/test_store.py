@@ -30,10 +30,9 @@ from streamswav.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from streamswav.stream import retry
-from streamswav.stream.retry import TransientError
-from streamswav.stream.store import Store, is_pattern, join, redact
-from streamswav.stream.transfer import refusal
+from streamswav.stream.store import Store, is_pattern, join, redact, retry
+from streamswav.stream.store.retry import TransientError
+from streamswav.stream.store.transfer import refusal
 
 DATA = bytes(range(256)) * 1000
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from streamswav.errors import ChangedError, DeniedError, NotFoundError, UnavailableError, UnsupportedError
-from streamswav.stream.urls import ObjectInfo, join
+from streamswav.stream.store.urls import ObjectInfo, join
 
 ASIDE = ".partial"
 

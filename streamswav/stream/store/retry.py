@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from streamswav.errors import DeniedError, NotFoundError, UnavailableError
-from streamswav.stream.urls import redact
+from streamswav.stream.store.urls import redact
 
 BASE_SECONDS = 0.1
 CAP_SECONDS = 20.0
