@@ -231,7 +231,7 @@ def encode_image(seed: int, size: tuple[int, int] = (48, 40), kind: str = "JPEG"
     return data.getvalue()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_shards() -> MakeShards:
     """A function that writes shards with webdataset's own writer and returns their paths.
 

@@ -1,0 +1,242 @@
+"""Runs `streamswav` as its users do: processes of their own, what they say, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamswav import cli
+
+COMMAND = str(Path(sys.executable).with_name("streamswav"))
+TINY = {
+    "crops.sizes": "[16, 8]",
+    "crops.counts": "[2, 2]",
+    "crops.scales": "[[0.3, 1.0], [0.1, 0.4]]",
+    "model.trunk": "resnet10",
+    "model.width": "0.125",
+    "model.stem": "small",
+    "model.head_hidden": "16",
+    "model.embedding": "8",
+    "swav.prototypes": "10",
+    "swav.queue_length": "0",
+    "stream.columns": "2",
+    "stream.rows": "2",
+    "stream.window": "8",
+    "loader.workers": "0",
+    "training.batch": "16",
+    "training.threads": "1",
+    "telemetry.port": "0",
+    "telemetry.log_seconds": "0.0001",
+}
+
+EMPTY: Mapping[str, str] = types.MappingProxyType({})
+
+Event = dict[str, Any]
+
+
+def arguments(*, tiny: Mapping[str, str] = TINY, **sections: Mapping[str, Any]) -> list[str]:
+    """`arguments(stream={"urls": "x"})` is `pretrain --stream.urls x` on top of the tiny run's keys."""
+    given = {f"{name}.{key}": str(value) for name, keys in sections.items() for key, value in keys.items()}
+    return ["pretrain", *(part for key, text in {**tiny, **given}.items() for part in (f"--{key}", text))]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended and what it said. A negative code is the signal that ended it."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def events(self) -> list[Event]:
+        """The lines of the log."""
+        return [json.loads(line) for line in self.err.splitlines() if line.startswith("{")]
+
+    @property
+    def said(self) -> list[str]:
+        """The lines on stderr that are not of the log."""
+        return [line for line in self.err.splitlines() if not line.startswith("{")]
+
+    def of(self, name: str) -> list[Event]:
+        """The events of this name."""
+        return [event for event in self.events if event["event"] == name]
+
+
+class Running:
+    """A process in a session, hence a process group, of its own; its output goes to files in `folder`."""
+
+    def __init__(self, process: Script | Fork, folder: Path) -> None:
+        self._process, self._files = process, (folder / "stdout", folder / "stderr")
+        self.pid = process.pid
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def so_far(self) -> Outcome:
+        """What the process has said until now; a line that is being written is left out."""
+        out, err = (path.read_text() if path.exists() else "" for path in self._files)
+        return Outcome(self._process.poll() or 0, out, err[: err.rfind("\n") + 1])
+
+    def wait_until(self, reached: Callable[[Outcome], object], seconds: float = 90) -> Outcome:
+        """Wait for something in the output, and fail if the process ends before."""
+        deadline = time.monotonic() + seconds
+        while not reached(so_far := self.so_far()):
+            assert self._process.poll() is None, f"it ended: {self.so_far().err[-3000:]}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {so_far.err[-3000:]}"
+            time.sleep(0.005)
+        return so_far
+
+    def wait(self, seconds: float = 120) -> Outcome:
+        """Wait for the end."""
+        deadline = time.monotonic() + seconds
+        while self._process.poll() is None:
+            assert time.monotonic() < deadline, f"no end within {seconds} s: {self.so_far().err[-3000:]}"
+            time.sleep(0.01)
+        return self.so_far()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone."""
+        os.kill(self.pid, number)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to all processes of the group, as a terminal does at Ctrl-C."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL to the whole group: what happens to a pod that goes."""
+        self.signal_group(signal.SIGKILL)
+        self.wait()
+
+    def left_behind(self, seconds: float = 10) -> list[str]:
+        """What still runs of the process group after so many seconds, by command line."""
+        deadline = time.monotonic() + seconds
+        while (members := members_of(self.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return members
+
+
+class Script:
+    """The installed console script."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+        self.command = [COMMAND, *arguments]
+        with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+
+class Fork:
+    """`main` in a process that is forked from one that has imported torch; the rest is as in the script."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["streamswav.commands.pretrain"])
+        self._process = context.Process(target=_main, args=(list(arguments), folder, dict(environment)))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+
+def _main(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with (folder / name).open("wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.exit(cli.main(arguments))
+
+
+def start(
+    arguments: Sequence[str], folder: Path, *, script: bool = False, environment: Mapping[str, str] = EMPTY
+) -> Running:
+    """Start `streamswav`: the installed script, or seconds faster its `main` in a forked process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Running((Script if script else Fork)(arguments, folder, environment), folder)
+
+
+def run(
+    arguments: Sequence[str], folder: Path, *, script: bool = False, environment: Mapping[str, str] = EMPTY
+) -> Outcome:
+    """As `start`, to the end."""
+    with start(arguments, folder, script=script, environment=environment) as running:
+        return running.wait()
+
+
+def members_of(group: int) -> list[str]:
+    """The processes of a group that are not zombies."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, number = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(number) == group and state != "Z":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def newest(run_folder: Path) -> Path:
+    """The folder of a run's newest checkpoint, as its pointer says."""
+    checkpoints = run_folder / "checkpoints"
+    return checkpoints / (checkpoints / "latest").read_text()
+
+
+def state_of(run_folder: Path) -> dict[str, Any]:
+    """Everything that a run has come to: tensors of network, optimizer and queue, and the position."""
+    folder = newest(run_folder)
+    loaded = {name: torch.load(folder / name, weights_only=True) for name in ("model.pt", "ranks.pt")}
+    flat = {f"{name}/{key}": value for name, state in loaded.items() for key, value in _flat(state)}
+    flat["position"] = json.loads((folder / "position.json").read_text())
+    flat["run"] = json.loads((folder / "run.json").read_text())
+    return flat
+
+
+def _flat(state: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(state, Mapping):
+        return [pair for key, value in state.items() for pair in _flat(value, f"{name}.{key}")]
+    if isinstance(state, list | tuple):
+        return [pair for index, value in enumerate(state) for pair in _flat(value, f"{name}.{index}")]
+    return [(name, state)]
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names under which two states are not the same to the bit."""
+    names = {*one, *other}
+    return sorted(name for name in names if not _same(one.get(name), other.get(name)))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
