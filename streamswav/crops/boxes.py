@@ -49,14 +49,15 @@ def draw_boxes(
     np.divide(roots, stretches, out=sides[0])
     np.multiply(roots, stretches, out=sides[1])
     np.rint(sides, out=sides)
-    fits = ((sides > 0) & (sides <= limits[:, :, None])).all(axis=0)
-    first = fits.argmax(axis=1)
-    sides = sides[:, np.arange(len(first)), first]
+    inside = (sides > 0) & (sides <= limits[:, :, None])
+    fits = inside[0] & inside[1]
+    rows, first = np.arange(len(fits)), fits.argmax(axis=1)
+    sides = sides[:, rows, first]
 
-    boxes = np.empty((len(first), 4), dtype=np.int64)
+    boxes = np.empty((len(fits), 4), dtype=np.int64)
     boxes[:, :2] = (uniforms[:, 2 * ATTEMPTS :].T * (limits - sides + 1)).T
     boxes[:, 2:] = sides.T
-    boxes[~fits.any(axis=1)] = _central_box(height, width, aspect)
+    boxes[~fits[rows, first]] = _central_box(height, width, aspect)
     return boxes
 
 
