@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -81,6 +82,7 @@ class Failed:
 
 
 Item = Batch | Exhausted | Failed
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,8 @@ def _quarantine(sample: Sample, reason: str) -> Quarantined:
 
 @contextmanager
 def open_loader(
-    batches: LaneBatches, *, workers: int, prefetch: int, pin_memory: bool
-) -> Iterator[Iterator[Item | None]]:
+    batches: IterableDataset[Made], *, workers: int, prefetch: int = 2, pin_memory: bool = False
+) -> Iterator[Iterator[Made | Failed | None]]:
     """Run the loader processes for as long as the context lasts; `workers=0`: the rank does their work.
 
     Yields:
@@ -224,7 +226,7 @@ def start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _take(items: Iterator[Item]) -> Iterator[Item | None]:
+def _take(items: Iterator[Made]) -> Iterator[Made | Failed | None]:
     """Give the items as they come, None where none comes, and what became of processes that died."""
     while True:
         try:

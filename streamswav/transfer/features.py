@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from streamswav.config import StorageSection
 from streamswav.crops import centre_crop, normalise
 from streamswav.errors import DataError, DecodeError, NonFiniteError, StreamswavError
-from streamswav.loader import Failed
+from streamswav.loader import Failed, open_loader
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.plan import Grid, Piece, Plan, deal, split_pieces
 from streamswav.stream.samples import LaneReader, Sample, ShardReader
@@ -102,14 +99,17 @@ def extract(
     plan = _deal(manifest, lanes=max(1, workers), limit=limit)
     trunk = trunk.to(device)
     collected = _Collected()
-    for part in _load(_LabelledBatches(plan, reader, preprocessing, batch), workers):
-        if isinstance(part, Failed):
-            raise part.error
-        collected.skipped.update(part.skipped)
-        if part.keys:
-            images = normalise(part.pixels.to(device), mean=preprocessing.mean, std=preprocessing.std)
-            collected.add(part, trunk(images).float().cpu())
-            on_images(len(collected.keys))
+    with open_loader(_LabelledBatches(plan, reader, preprocessing, batch), workers=workers) as parts:
+        for part in parts:
+            if part is None:
+                continue
+            if isinstance(part, Failed):
+                raise part.error
+            collected.skipped.update(part.skipped)
+            if part.keys:
+                images = normalise(part.pixels.to(device), mean=preprocessing.mean, std=preprocessing.std)
+                collected.add(part, trunk(images).float().cpu())
+                on_images(len(collected.keys))
     return collected.sort()
 
 
@@ -234,31 +234,6 @@ def _first_ones(limit: int, *, shards: int) -> list[Piece]:
     """Name the first samples of every shard, as evenly as `limit` allows."""
     shares = ((index + 1) * limit // shards - index * limit // shards for index in range(shards))
     return [Piece(index, turn=0, done=~((1 << share) - 1)) for index, share in enumerate(shares) if share]
-
-
-def _load(batches: _LabelledBatches, workers: int) -> DataLoader[_Part | Failed]:
-    if workers == 0:
-        return DataLoader(batches, batch_size=None)
-    return DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_prepare_worker,
-        # s3fs is not fork-safe, and spawn would import torch again in every worker.
-        multiprocessing_context=_context(),
-    )
-
-
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["streamswav.transfer.features"])
-    return context
-
-
-def _prepare_worker(_: int) -> None:
-    """An interrupt is the command's: it ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def _read_label(sample: Sample) -> int:
