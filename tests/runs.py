@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,6 +82,7 @@ class Running:
     def __init__(self, process: Script | Fork, folder: Path) -> None:
         self._process, self._files = process, (folder / "stdout", folder / "stderr")
         self.pid = process.pid
+        self._groups = {self.pid}
 
     def __enter__(self) -> Running:
         return self
@@ -116,31 +117,38 @@ class Running:
         os.kill(self.pid, number)
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to all processes of the group, as a terminal does at Ctrl-C."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+        """Send a signal to all its processes, as a terminal does at Ctrl-C."""
+        self.members()
+        for group in self._groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, number)
 
     def kill(self) -> None:
-        """Send SIGKILL to the whole group: what happens to a pod that goes."""
+        """Send SIGKILL to all its processes: what happens to a pod that goes."""
         self.signal_group(signal.SIGKILL)
         self.wait()
 
+    def members(self) -> list[str]:
+        """What runs in its process group and in those of its children, by command line."""
+        found = processes()
+        self._groups |= {each.group for each in found if each.parent in self._groups}
+        return [each.command for each in found if each.group in self._groups]
+
     def left_behind(self, seconds: float = 10) -> list[str]:
-        """What still runs of the process group after so many seconds, by command line."""
+        """What still runs of all that after so many seconds."""
         deadline = time.monotonic() + seconds
-        while (members := members_of(self.pid)) and time.monotonic() < deadline:
+        while (members := self.members()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return members
 
 
 class Script:
-    """The installed console script."""
+    """A command, as from a shell."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        self.command = [COMMAND, *arguments]
+    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             self._process = subprocess.Popen(
-                self.command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -182,7 +190,16 @@ def start(
 ) -> Running:
     """Start `streamswav`: the installed script, or seconds faster its `main` in a forked process."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Running((Script if script else Fork)(arguments, folder, environment), folder)
+    if script:
+        return Running(Script([COMMAND, *arguments], folder, environment), folder)
+    return Running(Fork(arguments, folder, environment), folder)
+
+
+def start_ranks(count: int, arguments: Sequence[str], folder: Path) -> Running:
+    """Start `streamswav` on several ranks of this machine, by torchrun."""
+    folder.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return Running(Script([sys.executable, *launcher, "-m", "streamswav", *arguments], folder, EMPTY), folder)
 
 
 def run(
@@ -193,16 +210,23 @@ def run(
         return running.wait()
 
 
-def members_of(group: int) -> list[str]:
-    """The processes of a group that are not zombies."""
+class Process(NamedTuple):
+    """One of the machine's processes."""
+
+    parent: int
+    group: int
+    command: str
+
+
+def processes() -> list[Process]:
+    """All processes that are not zombies."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, number = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(number) == group and state != "Z":
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if state != "Z":
+                command = (folder / "cmdline").read_text().replace("\0", " ")
+                found.append(Process(int(parent), int(group), command))
     return found
 
 
