@@ -10,7 +10,7 @@ from streamswav.crops.boxes import draw_boxes
 from streamswav.crops.decode import image_size, sniff
 from streamswav.crops.multicrop import Crops, MultiCrop, centre_crop, collate
 from streamswav.crops.parameters import ORDERS, Column, ParameterLaw
-from streamswav.crops.philox import uniforms
+from streamswav.philox import uniforms
 
 __all__ = [
     "ORDERS",

@@ -15,8 +15,8 @@ from streamswav.config import CropsSection
 from streamswav.crops.boxes import BOX_DRAWS, decoding_scale, draw_boxes
 from streamswav.crops.decode import decode, image_size
 from streamswav.crops.parameters import PARAMETER_DRAWS, ParameterLaw
-from streamswav.crops.philox import uniforms
 from streamswav.errors import DecodeError
+from streamswav.philox import uniforms
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,13 @@ generation. A lane, never a rank or a worker, is the unit of order, state and ow
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from streamswav.errors import PositionError
+from streamswav.philox import permutation
 
 ORDER_VERSION = 1
 """Rises when the same seed would give another order; a position of another version is refused."""
@@ -172,17 +170,6 @@ class Plan:
     def window_order(self, lane: int, window: int, count: int) -> list[int]:
         """Return the order in which the `count` samples of a window are given."""
         return permutation(count, "window", self.seed, self.turn, self.generation, lane, window)
-
-
-def random_words(count: int, *key: int | str) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Return `count` random 64-bit words that depend on `key` alone (Philox's raw, versioned stream)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
-
-
-def permutation(count: int, *key: int | str) -> list[int]:
-    """Return a permutation of range(count) that depends on `key` alone."""
-    return [int(i) for i in np.argsort(random_words(count, *key), kind="stable")]
 
 
 def deal(

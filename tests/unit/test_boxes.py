@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
 from streamswav.crops.boxes import ATTEMPTS, BOX_DRAWS, decoding_scale, draw_boxes
-from streamswav.crops.philox import uniforms
+from streamswav.philox import uniforms
 
 ASPECT = (3 / 4, 4 / 3)
 
