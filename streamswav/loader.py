@@ -241,6 +241,9 @@ def _take(items: Iterator[Made]) -> Iterator[Made | Failed | None]:
                 yield Failed(StreamswavError(_DIED))
             else:
                 raise
+        except (ConnectionError, EOFError, FileNotFoundError):
+            # The tensors of a process that died are fetched in vain.
+            yield Failed(StreamswavError(_DIED))
         else:
             yield item
 

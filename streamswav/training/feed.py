@@ -279,7 +279,7 @@ class Feed:
         if self.position.trained == 0:
             raise ManifestError(
                 f"the shards hold {samples} usable samples, fewer than one global batch "
-                f"(training.batch = {self.position.grid.batch})"
+                f"(training.batch = {self.position.grid.batch}); lower it or add data"
             )
         turn = self.position.turn + 1
         self.position = replace(
