@@ -77,10 +77,10 @@ class Outcome:
 
 
 class Running:
-    """A process in a session, hence a process group, of its own; its output goes to files in `folder`."""
+    """A process in a session, hence a process group, of its own."""
 
-    def __init__(self, process: Script | Fork, folder: Path) -> None:
-        self._process, self._files = process, (folder / "stdout", folder / "stderr")
+    def __init__(self, process: Script | Fork, output: tuple[Path, Path]) -> None:
+        self._process, self._output = process, output
         self.pid = process.pid
         self._groups = {self.pid}
 
@@ -92,7 +92,7 @@ class Running:
 
     def so_far(self) -> Outcome:
         """What the process has said until now; a line that is being written is left out."""
-        out, err = (path.read_text() if path.exists() else "" for path in self._files)
+        out, err = (path.read_text() if path.is_file() else "" for path in self._output)
         return Outcome(self._process.poll() or 0, out, err[: err.rfind("\n") + 1])
 
     def wait_until(self, reached: Callable[[Outcome], object], seconds: float = 90) -> Outcome:
@@ -128,13 +128,13 @@ class Running:
         self.signal_group(signal.SIGKILL)
         self.wait()
 
-    def members(self) -> list[str]:
-        """What runs in its process group and in those of its children, by command line."""
+    def members(self) -> list[Process]:
+        """What runs in its process group and in those of its children."""
         found = processes()
         self._groups |= {each.group for each in found if each.parent in self._groups}
-        return [each.command for each in found if each.group in self._groups]
+        return [each for each in found if each.group in self._groups]
 
-    def left_behind(self, seconds: float = 10) -> list[str]:
+    def left_behind(self, seconds: float = 10) -> list[Process]:
         """What still runs of all that after so many seconds."""
         deadline = time.monotonic() + seconds
         while (members := self.members()) and time.monotonic() < deadline:
@@ -145,8 +145,10 @@ class Running:
 class Script:
     """A command, as from a shell."""
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+    def __init__(
+        self, command: Sequence[str], output: tuple[Path, Path], environment: Mapping[str, str]
+    ) -> None:
+        with output[0].open("wb") as out, output[1].open("wb") as err:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -164,10 +166,12 @@ class Script:
 class Fork:
     """`main` in a process that is forked from one that has imported torch; the rest is as in the script."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, arguments: Sequence[str], output: tuple[Path, Path], environment: Mapping[str, str]
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["streamswav.commands.pretrain"])
-        self._process = context.Process(target=_main, args=(list(arguments), folder, dict(environment)))
+        self._process = context.Process(target=_main, args=(list(arguments), output, dict(environment)))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -176,30 +180,43 @@ class Fork:
         return self._process.exitcode
 
 
-def _main(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+def _main(arguments: list[str], output: tuple[Path, Path], environment: dict[str, str]) -> None:
     os.setsid()
     os.environ.update(environment)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        with (folder / name).open("wb") as file:
+    for number, path in enumerate(output, 1):
+        with path.open("wb") as file:
             os.dup2(file.fileno(), number)
     sys.exit(cli.main(arguments))
 
 
 def start(
-    arguments: Sequence[str], folder: Path, *, script: bool = False, environment: Mapping[str, str] = EMPTY
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    script: bool = False,
+    environment: Mapping[str, str] = EMPTY,
+    terminal: Path | None = None,
 ) -> Running:
-    """Start `streamswav`: the installed script, or seconds faster its `main` in a forked process."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Start `streamswav`: the installed script, or seconds faster its `main` in a forked process.
+
+    What it says goes to files in `folder`, or to a terminal, which the caller reads.
+    """
+    output = (terminal, terminal) if terminal else _output(folder)
     if script:
-        return Running(Script([COMMAND, *arguments], folder, environment), folder)
-    return Running(Fork(arguments, folder, environment), folder)
+        return Running(Script([COMMAND, *arguments], output, environment), output)
+    return Running(Fork(arguments, output, environment), output)
 
 
 def start_ranks(count: int, arguments: Sequence[str], folder: Path) -> Running:
     """Start `streamswav` on several ranks of this machine, by torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    output = _output(folder)
+    return Running(Script([*launcher, "-m", "streamswav", *arguments], output, EMPTY), output)
+
+
+def _output(folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return Running(Script([sys.executable, *launcher, "-m", "streamswav", *arguments], folder, EMPTY), folder)
+    return folder / "stdout", folder / "stderr"
 
 
 def run(
@@ -213,6 +230,7 @@ def run(
 class Process(NamedTuple):
     """One of the machine's processes."""
 
+    pid: int
     parent: int
     group: int
     command: str
@@ -226,7 +244,7 @@ def processes() -> list[Process]:
             state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
             if state != "Z":
                 command = (folder / "cmdline").read_text().replace("\0", " ")
-                found.append(Process(int(parent), int(group), command))
+                found.append(Process(int(folder.name), int(parent), int(group), command))
     return found
 
 
