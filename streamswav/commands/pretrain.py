@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from streamswav.training.pace import make_pace
 from streamswav.training.saver import Restored, Saver, load_into
 from streamswav.training.trainer import Trainer
 
+_LEADER_FIRST_SECONDS = 2.0
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,7 +84,9 @@ def pretrain(config: Config) -> dict[str, Any]:
             metrics.set_state("draining" if isinstance(error, DrainedError) else "failed")
             if ranks.leads:
                 raise
-            # All ranks have the same error, since they agree on every one: rank 0 tells it.
+            # All ranks have the same error, since they agree on every one. Rank 0 tells it, in time: a
+            # launcher ends the others as soon as one has gone.
+            time.sleep(_LEADER_FIRST_SECONDS)
             raise SystemExit(error.exit_code) from None
 
 
@@ -101,11 +105,12 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
     begun = ranks.lead(lambda: _read_begun(config, store))
     if begun:
         _refuse_other_grid(_grid(begun), config)
+    cuda = ranks.device.type == "cuda"
     facts = Facts(
         world_size=ranks.world_size,
-        cores=max(1, len(os.sched_getaffinity(0)) // local_world_size()),
-        cuda=ranks.device.type == "cuda",
-        bfloat16=ranks.device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        cores=min(ranks.gather(_cores())),
+        cuda=cuda,
+        bfloat16=all(ranks.gather(cuda and torch.cuda.is_bf16_supported())),
         shards=len(manifest.shards),
         samples=manifest.samples,
         begun=begun,
@@ -125,8 +130,7 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
 
 
 def _set_up_torch(config: Config, ranks: Ranks) -> None:
-    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size())
-    torch.set_num_threads(config.training.threads or cores)
+    torch.set_num_threads(config.training.threads or _cores())
     torch.manual_seed(config.stream.seed)
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -161,6 +165,11 @@ def _freeze_manifest(config: Config, store: Store, reporter: Reporter) -> Manife
         reporter.event("new_shards", f"{new} shards came after the run began: they are left for another run")
     # Content may have moved as a whole, so today's URLs and versions hold for the shards of then.
     return Manifest(tuple(there[shard.key] for shard in frozen.shards), frozen.samples)
+
+
+def _cores() -> int:
+    """The CPU cores that a rank of this machine can use."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
 def _read_begun(config: Config, store: Store) -> Config | None:
