@@ -242,7 +242,7 @@ def _build_trainer(
         crop=MultiCrop(config.crops, seed=config.stream.seed),
         ranks=ranks,
         drain=drain,
-        wants_save=lambda: saver.due(feed.trained),
+        wants_save=lambda: saver.due(feed.trained + position.grid.batch),
         wants_log=monitor.log_due,
         on_quarantined=monitor.quarantined,
     )

@@ -65,7 +65,7 @@ class Saver:
         self.last: Checkpoint | None = None
 
     def due(self, images: int) -> bool:
-        """Tell whether minutes or images since the last checkpoint are over."""
+        """Tell whether minutes, or with `images` trained the images, since the last checkpoint are over."""
         section = self._config.checkpoint
         late = section.minutes is not None and self._clock() - self._saved_at >= 60 * section.minutes
         far = section.images is not None and images - self._saved_images >= section.images
