@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import types
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +96,11 @@ class Running:
         """What the process has said until now; a line that is being written is left out."""
         out, err = (path.read_text() if path.is_file() else "" for path in self._output)
         return Outcome(self._process.poll() or 0, out, err[: err.rfind("\n") + 1])
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is over."""
+        return self._process.poll() is not None
 
     def wait_until(self, reached: Callable[[Outcome], object], seconds: float = 90) -> Outcome:
         """Wait for something in the output, and fail if the process ends before."""
@@ -246,6 +253,30 @@ def processes() -> list[Process]:
                 command = (folder / "cmdline").read_text().replace("\0", " ")
                 found.append(Process(int(folder.name), int(parent), int(group), command))
     return found
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def scrape_text(port: int) -> str:
+    """What is at /metrics; empty where nobody answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+            text: str = reply.read().decode()
+    except OSError:
+        return ""
+    return text
+
+
+def values_of(text: str) -> dict[str, float]:
+    """The values of a scrape by name and labels, as in the text: `streamswav_run_state{state="done"}`."""
+    lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines}
 
 
 def newest(run_folder: Path) -> Path:
