@@ -11,6 +11,7 @@ from streamswav.errors import ConfigError
 
 PAPER_BATCH = 4096
 _MEMORY_OF_THE_PAPER = {1: 64, 2: 32, 4: 32, 5: 8}
+_LARGE_TRUNK = 100_000_000
 _DIVISORS_OF_12 = (12, 6, 4, 3, 2, 1)
 _OF_THE_RUN = ("stream", "swav", "optimizer")
 _STANDING = {
@@ -36,6 +37,7 @@ class Facts:
         bfloat16: whether that GPU has it.
         shards: in the manifest.
         samples: in one pass, where the producers counted; else None.
+        trunk_parameters: their number.
         begun: the complete configuration of the run that is continued; else None.
     """
 
@@ -45,6 +47,7 @@ class Facts:
     bfloat16: bool
     shards: int
     samples: int | None
+    trunk_parameters: int
     begun: Config | None = None
 
 
@@ -89,7 +92,7 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     batch = choose("training.batch", lambda: _batch(config, facts))
     _check_batch(batch, facts.world_size)
     _choose_grid(choose, config, facts, batch)
-    _choose_objective(choose, config, batch, total)
+    _choose_objective(choose, facts, batch, total)
     _choose_rate(choose, config, batch, total)
     choose("training.sync_batch_norm", lambda: _sync_batch_norm(config, facts))
     if total is not None:
@@ -148,8 +151,8 @@ def _choose_grid(choose: Choose, config: Config, facts: Facts, batch: int) -> No
     choose("stream.columns", lambda: (fitted, "room to halve and double the ranks; divides training.batch"))
 
 
-def _choose_objective(choose: Choose, config: Config, batch: int, total: int | None) -> None:
-    large = _is_large(config)
+def _choose_objective(choose: Choose, facts: Facts, batch: int, total: int | None) -> None:
+    large = facts.trunk_parameters > _LARGE_TRUNK
     choose("swav.prototypes", lambda: _prototypes(large, total))
     choose("swav.epsilon", lambda: (0.03, "SEER's, for large trunks") if large else (0.05, "the paper's"))
     choose("swav.iterations", lambda: (10, "SEER's, for large trunks") if large else (3, "the paper's"))
@@ -251,12 +254,3 @@ def _precision(facts: Facts) -> tuple[str, str]:
     if not facts.cuda:
         return "float32", "on the CPU"
     return ("bfloat16", "the GPU has it") if facts.bfloat16 else ("float16", "with loss scaling")
-
-
-def _is_large(config: Config) -> bool:
-    """Trunks of more than 100 million parameters."""
-    return config.model.width >= 4 or config.model.trunk in (
-        "resnext101_32x16d",
-        "resnext101_32x32d",
-        "resnext101_32x48d",
-    )

@@ -24,7 +24,7 @@ from streamswav.config import Config, dump_config, parse_config
 from streamswav.crops import Augment, MultiCrop
 from streamswav.defaults import Facts, resolve
 from streamswav.errors import ConfigError, DrainedError, ManifestError, PositionError, StreamswavError
-from streamswav.models import SwAVNetwork, build_network
+from streamswav.models import SwAVNetwork, build_network, build_trunk
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
@@ -113,6 +113,7 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
         bfloat16=all(ranks.gather(cuda and torch.cuda.is_bf16_supported())),
         shards=len(manifest.shards),
         samples=manifest.samples,
+        trunk_parameters=_trunk_parameters(config),
         begun=begun,
     )
     resolved, choices = resolve(config, facts)
@@ -170,6 +171,11 @@ def _freeze_manifest(config: Config, store: Store, reporter: Reporter) -> Manife
 def _cores() -> int:
     """The CPU cores that a rank of this machine can use."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def _trunk_parameters(config: Config) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_trunk(config.model).parameters())
 
 
 def _read_begun(config: Config, store: Store) -> Config | None:
