@@ -96,9 +96,10 @@ def list_manifest(urls: Sequence[str], store: Store) -> Manifest:
         if not objects:
             raise ManifestError(f"{redact(url)}: no .tar objects there; check the prefix and its spelling")
         found += objects
-    root = _common_root([info.url for info in found])
+    # A signed link's query is no part of what it names, and no business of a manifest's reader.
+    root = _common_root([redact(info.url) for info in found])
     shards = sorted(
-        (Shard(info.url[len(root) :], info.url, info.size, info.version) for info in found), key=_key
+        (Shard(redact(info.url)[len(root) :], info.url, info.size, info.version) for info in found), key=_key
     )
     for one, other in itertools.pairwise(shards):
         if one.key == other.key:
@@ -112,23 +113,33 @@ def _key(shard: Shard) -> str:
 
 def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
     for url in urls:
-        if url.startswith("@"):
-            lines = store.read(url[1:]).decode().splitlines()
-            yield from (line.strip() for line in lines if line.strip() and not line.startswith("#"))
-        else:
+        if not url.startswith("@"):
             yield url
+            continue
+        lines = [line.strip() for line in store.read(url[1:]).decode("utf-8", "replace").splitlines()]
+        listed = [line for line in lines if line and not line.startswith("#")]
+        if not listed:
+            raise ManifestError(f"{redact(url[1:])}: the list names no shards; write one pattern a line")
+        yield from listed
 
 
 def _list_url(url: str, store: Store) -> Iterator[ObjectInfo]:
-    expanded = list(braceexpand.braceexpand(url)) if "{" in url else [url]
+    expanded = _expand_braces(url)
     single = [each for each in expanded if redact(each).endswith(".tar") and not is_pattern(each)]
-    if len(single) == len(expanded):
-        with ThreadPoolExecutor(_HEAD_REQUESTS_AT_ONCE) as pool:
-            yield from pool.map(store.info, single)
-        return
-    for each in expanded:
+    with ThreadPoolExecutor(_HEAD_REQUESTS_AT_ONCE) as pool:
+        yield from pool.map(store.info, single)
+    for each in sorted(set(expanded) - set(single)):
         objects = store.glob(each) if is_pattern(each) else store.list(each)
         yield from (info for info in objects if info.url.endswith(".tar"))
+
+
+def _expand_braces(url: str) -> list[str]:
+    if "{" not in url:
+        return [url]
+    try:
+        return list(braceexpand.braceexpand(url))
+    except ValueError:
+        raise ManifestError(f"{redact(url)}: the braces of this pattern do not match") from None
 
 
 def _common_root(urls: Sequence[str]) -> str:
@@ -141,15 +152,16 @@ def _common_root(urls: Sequence[str]) -> str:
 
 def _count_samples(shards: Sequence[Shard], store: Store) -> int | None:
     """Add up the producers' counts; None unless they cover every shard."""
+    names: dict[str, list[str]] = {}
+    for shard in shards:
+        folder, name = posixpath.split(redact(shard.url))
+        names.setdefault(folder, []).append(name)
     total = 0
-    for folder in sorted({posixpath.dirname(shard.url) for shard in shards}):
+    for folder, held in names.items():
         counts = _read_counts(folder, store)
-        for shard in shards:
-            if posixpath.dirname(shard.url) == folder:
-                count = counts.get(posixpath.basename(shard.url))
-                if count is None:
-                    return None
-                total += count
+        if not counts.keys() >= set(held):
+            return None
+        total += sum(counts[name] for name in held)
     return total
 
 
