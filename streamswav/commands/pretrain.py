@@ -181,7 +181,7 @@ def _trunk_parameters(config: Config) -> int:
 def _read_begun(config: Config, store: Store) -> Config | None:
     """Read what was chosen when the run began; before its first checkpoint everything is still open."""
     place = join(config.run.directory, "config.yaml")
-    if not _checkpoints(config, store).names() or not store.exists(place):
+    if not _checkpoints(config, store).begun() or not store.exists(place):
         return None
     return parse_config(yaml.safe_load(store.read(place)))
 

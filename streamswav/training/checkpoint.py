@@ -92,6 +92,8 @@ class CheckpointFolder:
     def newest(self) -> tuple[Checkpoint, dict[str, bytes]] | None:
         """Read the newest checkpoint that is whole, walking past damaged and unfinished ones with a warning.
 
+        None where the run has none yet, or was cut off while writing its first.
+
         Raises:
             CheckpointError: there are checkpoints, but none is whole.
         """
@@ -101,11 +103,16 @@ class CheckpointFolder:
                 return read_checkpoint(join(self.url, name), self._store)
             except CheckpointError as error:
                 self._warn(f"passed over: {error}")
-        if names:
+        if self.begun():
             raise CheckpointError(
                 f"{self.url}: none of the {len(names)} checkpoints is whole; remove them to start"
             )
         return None
+
+    def begun(self) -> bool:
+        """Tell whether any checkpoint was ever written to its end."""
+        committed = any(_LIST in files for files in self._contents().values())
+        return committed or self._store.exists(join(self.url, _POINTER))
 
     def names(self) -> list[str]:
         """Return the names of all checkpoints, whole or not, oldest first."""
