@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"streamswav: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("streamswav: interrupted twice, nothing saved since the last checkpoint\n")
+        sys.stderr.write("streamswav: interrupted; nothing was saved since the last checkpoint\n")
         return _INTERRUPTED
     return EXIT_DONE
 

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -336,7 +336,12 @@ def _start_position(run: Run, restored: Restored | None) -> Position:
         return Position(run.manifest.digest, grid, run.config.stream.seed)
     _refuse_other_grid(restored.position.grid, run.config)
     restored.position.plan(run.manifest)
-    return restored.position
+    return _reopened(restored.position, run.config)
+
+
+def _reopened(position: Position, config: Config) -> Position:
+    """A stream that was at its end goes on where more passes are asked for now."""
+    return replace(position, finished=position.finished and position.turn >= config.stream.passes)
 
 
 def _grid(config: Config) -> Grid:
@@ -437,12 +442,15 @@ def cooldown(config: Config, *, images: int | None) -> dict[str, Any]:
     """
     _refuse_incomplete(config)
     checkpoint, files = find_checkpoint(config.run.directory, Store(config.storage))
-    seen = Position.from_json(json.loads(files["position.json"])).trained
+    position = Position.from_json(json.loads(files["position.json"]))
+    if _reopened(position, config).finished:
+        reason = "the stream is at its end; a cool-down needs images: ask for one pass more"
+        raise ConfigError("stream.passes", reason, value=config.stream.passes)
     saved = parse_config(yaml.safe_load(files["config.yaml"]))
     # A cool-down that was interrupted goes on to the end it had.
     if saved.optimizer.cooldown_images and saved.training.images:
         return pretrain(_with_end(config, saved.optimizer.cooldown_images, saved.training.images))
-    length = images or seen // 10
+    length = images or position.trained // 10
     return pretrain(_with_end(config, length, checkpoint.images + length))
 
 

@@ -6,9 +6,10 @@ import signal
 import time
 
 import pytest
+import yaml
 from runs import arguments, differences, newest, run, start, state_of
 
-from streamswav.errors import EXIT_DONE, EXIT_RETRY
+from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
 
 COUNTS = [25, 14, 31, 20, 9, 22]
 SAMPLES = sum(COUNTS)
@@ -139,6 +140,36 @@ def test_the_number_of_workers_changes_nothing(whole, command, tmp_path, workers
     outcome = run(command(tmp_path / "run", workers=workers), tmp_path)
     assert outcome.code == EXIT_DONE, outcome.err
     assert differences(state_of(tmp_path / "run"), whole[2]) == []
+
+
+def test_a_finished_run_goes_on_when_more_passes_are_asked_for(whole, command, tmp_path):
+    def build(*more):
+        return [*command(tmp_path / "run", workers=0), *more]
+
+    first = run(build("--stream.passes", "1"), tmp_path / "first")
+    assert first.of("progress")[-1]["images"] == SAMPLES // 16 * 16
+    assert run(["cooldown", *build("--stream.passes", "1")[1:]], tmp_path / "cooldown").code == EXIT_CONFIG
+    second = run(build(), tmp_path / "second")
+    assert second.code == EXIT_DONE, second.err
+    assert state_of(tmp_path / "run")["position"] == whole[2]["position"]
+
+
+def test_a_cool_down_ends_a_run_of_constant_rate(command, tmp_path):
+    build = [*command(tmp_path / "run", workers=0), "--optimizer.schedule", "constant"]
+    assert run([*build, "--training.images", "64"], tmp_path / "first").code == EXIT_DONE
+    cooldown = ["cooldown", *build[1:], "--images", "96"]
+    cooled = run(cooldown, tmp_path / "cooldown")
+    assert cooled.code == EXIT_DONE, cooled.err
+    rates = [event["rate"] for event in cooled.of("progress")]
+    assert len(rates) == 6
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == first_rate(tmp_path / "run")
+    again = run(cooldown, tmp_path / "again")
+    assert "is done" in again.of("done")[0]["message"]
+
+
+def first_rate(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["rate"]
 
 
 def test_a_signal_is_heard_while_storage_hangs(web, make_shards, tmp_path):
