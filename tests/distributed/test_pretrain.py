@@ -1,4 +1,4 @@
-"""`streamswav pretrain` on two ranks, started by torchrun."""
+"""`streamswav pretrain` on two ranks."""
 
 import json
 import shutil
@@ -67,14 +67,14 @@ def saved_after(step):
 def interrupted(command, tmp_path_factory):
     """A run that was drained, then killed; and what it said when it was drained."""
     folder = tmp_path_factory.mktemp("interrupted")
-    with start_ranks(2, command(folder / "run"), folder / "first") as running:
+    with start_ranks(2, command(folder / "run"), folder / "first", torchrun=True) as running:
         running.wait_until(saved_after(2))
         running.signal(signal.SIGTERM)
         drained = running.wait(30)
         assert running.left_behind() == []
     with start_ranks(2, command(folder / "run"), folder / "second") as running:
         running.wait_until(saved_after(drained.of("checkpoint")[-1]["step"] + 2))
-        assert len(running.members()) > 2 + 2 * 2  # torchrun, ranks and workers, and their helpers
+        assert len(running.members()) >= 1 + 2 + 2  # launcher, ranks, their fork servers; workers come and go
         running.signal_group(signal.SIGKILL)
         assert running.left_behind() == []
     return folder, drained

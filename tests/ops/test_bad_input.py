@@ -165,7 +165,7 @@ def test_a_shard_that_is_lost_meanwhile(long, tmp_path):
 def test_a_shard_that_is_replaced_meanwhile_on_two_ranks(long, tmp_path):
     """torchrun shows its own traceback; rank 0's line is there, once, and nothing else of ours."""
     made, folder = long
-    with start_ranks(2, made, tmp_path / "out") as running:
+    with start_ranks(2, made, tmp_path / "out", torchrun=True) as running:
         running.wait_until(lambda so_far: steps(so_far) > 2)
         for shard in folder.iterdir():
             os.utime(shard, (1, 1))
