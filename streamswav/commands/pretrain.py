@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -25,7 +25,7 @@ from streamswav.crops import Augment, MultiCrop
 from streamswav.defaults import Facts, resolve
 from streamswav.errors import ConfigError, DrainedError, ManifestError, PositionError, StreamswavError
 from streamswav.models import SwAVNetwork, build_network, build_trunk
-from streamswav.stream.manifest import Manifest, list_manifest
+from streamswav.stream.manifest import Manifest, Shard, list_manifest
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.samples import ShardReader
@@ -45,6 +45,9 @@ from streamswav.training.saver import Restored, Saver, load_into
 from streamswav.training.trainer import Trainer
 
 _LEADER_FIRST_SECONDS = 2.0
+
+Number = TypeVar("Number", int, float)
+
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -101,8 +104,8 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
     """List the shards, choose what was left open, and say so."""
     _set_up_torch(config, ranks)
     store = Store(config.storage)
-    manifest = ranks.lead(lambda: _freeze_manifest(config, store, reporter))
     begun = ranks.lead(lambda: _read_begun(config, store))
+    manifest = ranks.lead(lambda: _freeze_manifest(config, store, reporter, begun=begun is not None))
     if begun:
         _refuse_other_grid(_grid(begun), config)
     cuda = ranks.device.type == "cuda"
@@ -110,7 +113,7 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
         world_size=ranks.world_size,
         cores=min(ranks.gather(_cores())),
         cuda=cuda,
-        bfloat16=all(ranks.gather(cuda and torch.cuda.is_bf16_supported())),
+        bfloat16=all(ranks.gather(cuda and torch.cuda.is_bf16_supported(including_emulation=False))),
         shards=len(manifest.shards),
         samples=manifest.samples,
         trunk_parameters=_trunk_parameters(config),
@@ -140,7 +143,7 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def _freeze_manifest(config: Config, store: Store, reporter: Reporter) -> Manifest:
+def _freeze_manifest(config: Config, store: Store, reporter: Reporter, *, begun: bool) -> Manifest:
     """List the shards; a run that has begun keeps to the list it began with.
 
     Raises:
@@ -148,17 +151,16 @@ def _freeze_manifest(config: Config, store: Store, reporter: Reporter) -> Manife
     """
     listed = list_manifest(config.stream.urls, store)
     place = join(config.run.directory, "manifest.json")
-    if not store.exists(place):
+    if not begun or not store.exists(place):
         store.write(place, json.dumps(listed.to_json()).encode())
         return listed
     frozen = Manifest.from_json(json.loads(store.read(place)))
     there = {shard.key: shard for shard in listed.shards}
     for shard in frozen.shards:
-        found = there.get(shard.key)
-        if found is None or found.size != shard.size:
-            what = "is gone" if found is None else "has another size"
+        difference = _differs(shard, there.get(shard.key))
+        if difference:
             raise PositionError(
-                f"{redact(place)}: shard {shard.key} of this run {what} below stream.urls; "
+                f"{redact(place)}: shard {shard.key} of this run {difference} below stream.urls; "
                 "bring it back, or choose another run.directory for other data"
             )
     new = len(listed.shards) - len(frozen.shards)
@@ -166,6 +168,15 @@ def _freeze_manifest(config: Config, store: Store, reporter: Reporter) -> Manife
         reporter.event("new_shards", f"{new} shards came after the run began: they are left for another run")
     # Content may have moved as a whole, so today's URLs and versions hold for the shards of then.
     return Manifest(tuple(there[shard.key] for shard in frozen.shards), frozen.samples)
+
+
+def _differs(frozen: Shard, found: Shard | None) -> str:
+    """Say how a shard is no longer the run's; its version tells only where it has not moved."""
+    if found is None:
+        return "is gone"
+    if found.size != frozen.size:
+        return "has another size"
+    return "was replaced" if redact(found.url) == frozen.url and found.version != frozen.version else ""
 
 
 def _cores() -> int:
@@ -287,7 +298,7 @@ def build_learner(config: Config, ranks: Ranks) -> Learner:
     learner = Learner(
         wrapped,
         SwAVLoss(
-            epsilon=swav.epsilon or 0.05,
+            epsilon=_known(swav.epsilon),
             iterations=_known(swav.iterations),
             temperature=swav.temperature,
             assigned=tuple(swav.assigned_crops),
@@ -424,7 +435,7 @@ def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: 
     return summary
 
 
-def _known(value: int | None) -> int:
+def _known(value: Number | None) -> Number:
     assert value is not None, "resolved at start"
     return value
 

@@ -19,7 +19,7 @@ from typing import Any
 import braceexpand
 
 from streamswav.errors import ManifestError, NotFoundError, StorageError
-from streamswav.stream.store import ObjectInfo, Store, is_pattern, join, redact
+from streamswav.stream.store import ObjectInfo, Store, fixed_part, is_pattern, join, redact
 
 STATS_FILE = "_stats.json"
 
@@ -91,16 +91,16 @@ def list_manifest(urls: Sequence[str], store: Store) -> Manifest:
         StorageError: a location that cannot be listed.
     """
     found: list[ObjectInfo] = []
-    for url in _expand_lists(urls, store):
-        objects = list(_list_url(url, store))
+    patterns = [each for url in _expand_lists(urls, store) for each in _expand_braces(url)]
+    for pattern, objects in zip(patterns, _list_patterns(patterns, store), strict=True):
         if not objects:
-            raise ManifestError(f"{redact(url)}: no .tar objects there; check the prefix and its spelling")
+            raise ManifestError(
+                f"{redact(pattern)}: no .tar objects there; check the prefix and its spelling"
+            )
         found += objects
-    # A signed link's query is no part of what it names, and no business of a manifest's reader.
-    root = _common_root([redact(info.url) for info in found])
-    shards = sorted(
-        (Shard(redact(info.url)[len(root) :], info.url, info.size, info.version) for info in found), key=_key
-    )
+    # From what was asked for, not from what was found: a new folder must not rename the shards of others.
+    root = _common_root([_folder_of(pattern) for pattern in patterns])
+    shards = sorted((_name_shard(info, root) for info in found), key=_key)
     for one, other in itertools.pairwise(shards):
         if one.key == other.key:
             raise ManifestError(f"{redact(one.url)}: named twice by stream.urls; make the patterns disjoint")
@@ -123,14 +123,32 @@ def _expand_lists(urls: Iterable[str], store: Store) -> Iterator[str]:
         yield from listed
 
 
-def _list_url(url: str, store: Store) -> Iterator[ObjectInfo]:
-    expanded = _expand_braces(url)
-    single = [each for each in expanded if redact(each).endswith(".tar") and not is_pattern(each)]
+def _name_shard(info: ObjectInfo, root: str) -> Shard:
+    # A signed link's query is no part of what it names, and no business of a manifest's reader.
+    return Shard(redact(info.url).removeprefix(root), info.url, info.size, info.version)
+
+
+def _list_patterns(patterns: Sequence[str], store: Store) -> Iterator[list[ObjectInfo]]:
+    """Yield what each pattern stands for; objects that are named one by one are asked for side by side."""
     with ThreadPoolExecutor(_HEAD_REQUESTS_AT_ONCE) as pool:
-        yield from pool.map(store.info, single)
-    for each in sorted(set(expanded) - set(single)):
-        objects = store.glob(each) if is_pattern(each) else store.list(each)
-        yield from (info for info in objects if info.url.endswith(".tar"))
+        asked = {each: pool.submit(store.info, each) for each in patterns if _names_one(each)}
+        for each in patterns:
+            if each in asked:
+                yield [asked[each].result()]
+                continue
+            objects = store.glob(each) if is_pattern(each) else store.list(each)
+            yield [info for info in objects if info.url.endswith(".tar")]
+
+
+def _names_one(pattern: str) -> bool:
+    return redact(pattern).endswith(".tar") and not is_pattern(pattern)
+
+
+def _folder_of(pattern: str) -> str:
+    """The folder that a pattern is fixed to."""
+    if is_pattern(pattern):
+        return fixed_part(pattern)[0]
+    return posixpath.dirname(redact(pattern)) if _names_one(pattern) else pattern.rstrip("/")
 
 
 def _expand_braces(url: str) -> list[str]:
@@ -142,8 +160,7 @@ def _expand_braces(url: str) -> list[str]:
         raise ManifestError(f"{redact(url)}: the braces of this pattern do not match") from None
 
 
-def _common_root(urls: Sequence[str]) -> str:
-    folders = [posixpath.dirname(url) for url in urls]
+def _common_root(folders: Sequence[str]) -> str:
     root = posixpath.commonprefix(folders)
     if any(folder != root and not folder.startswith(root + "/") for folder in folders):
         root = posixpath.dirname(root)

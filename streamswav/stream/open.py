@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -49,7 +50,7 @@ class Stream:
 
 
 def open_stream(
-    urls: Sequence[str],
+    urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     seed: int = _DEFAULT_STREAM.seed,
     passes: int = 1,
@@ -61,7 +62,7 @@ def open_stream(
     """Open the samples of tar shards, each exactly once a pass, in a shuffled order.
 
     Args:
-        urls: prefixes, globs, brace patterns, single tars or `@FILE` lists; local, s3:// or http(s)://.
+        urls: one or several prefixes, globs, brace patterns, single tars or `@FILE` lists; local, s3:// or http(s)://.
         seed: of the order; every pass has another one.
         passes: over all shards.
         window: samples of a shard that are permuted together.
@@ -74,7 +75,8 @@ def open_stream(
         PositionError: the position belongs to other shards.
         StorageError: a location that cannot be read.
     """
-    whole = list_manifest(urls, Store(storage))
+    given = [urls] if isinstance(urls, str | os.PathLike) else urls
+    whole = list_manifest([os.fspath(url) for url in given], Store(storage))
     index, parts = part
     manifest = whole if parts == 1 else Manifest(whole.shards[index::parts])
     reader = ShardReader(manifest, storage, read_ahead=2)

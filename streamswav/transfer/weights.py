@@ -7,6 +7,7 @@ What can be read today is a checkpoint of this trainer, by the folder of its run
 from __future__ import annotations
 
 import enum
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class TrunkInfo:
     images: int
 
 
-def load_trunk(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> nn.Module:
+def load_trunk(path: str | os.PathLike[str], *, storage: StorageSection = _DEFAULT_STORAGE) -> nn.Module:
     """Return a trained trunk in eval mode, on the CPU: images [B, 3, S, S] to features [B, F].
 
     Args:
@@ -69,7 +70,7 @@ def load_trunk(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> nn.M
         CheckpointError: there is no checkpoint, it is damaged, or not of the model it says it is.
         StorageError: a location that cannot be read.
     """
-    return open_trunk(path, storage=storage)[0]
+    return open_trunk(os.fspath(path), storage=storage)[0]
 
 
 def open_trunk(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> tuple[Trunk, TrunkInfo]:

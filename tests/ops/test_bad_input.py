@@ -80,7 +80,6 @@ def test_too_few_samples(given, make_shards, tmp_path):
     refused(few, tmp_path / "uncounted", "11", "training.batch = 16", "lower it")
     counted = {f"shard-00000{number}.tar": {"samples": 5 + number} for number in (0, 1)}
     (tmp_path / "few" / "_stats.json").write_text(json.dumps({"shards": counted}))
-    shutil.rmtree(tmp_path / "run")
     refused(few, tmp_path / "counted", "few", "11", "training.batch = 16", "lower it")
 
 

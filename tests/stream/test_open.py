@@ -57,3 +57,9 @@ def test_a_position_of_other_shards_is_refused(make_shards, tmp_path):
     position = open_stream([str(tmp_path / "a")]).position
     with pytest.raises(PositionError, match="manifest"):
         open_stream([str(tmp_path / "b")], position=position)
+
+
+def test_one_location_may_be_given_bare_as_text_or_path(make_shards, tmp_path):
+    make_shards(tmp_path, counts=[3])
+    assert identities(open_stream(tmp_path)) == identities(open_stream(str(tmp_path)))
+    assert identities(open_stream([tmp_path])) == identities(open_stream(tmp_path))

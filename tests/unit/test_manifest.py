@@ -160,3 +160,12 @@ def test_samples_are_counted_where_the_producers_counted_every_shard(folder, tmp
 def test_a_manifest_survives_json(folder):
     manifest = list_manifest([str(folder)], Store())
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+def test_a_new_folder_below_the_prefix_leaves_the_keys_of_others_alone(make_shards, tmp_path):
+    make_shards(tmp_path / "data" / "x", counts=[3])
+    before = list_manifest([str(tmp_path / "data")], Store())
+    make_shards(tmp_path / "data" / "y", counts=[3])
+    after = list_manifest([str(tmp_path / "data")], Store())
+    assert [shard.key for shard in before.shards] == ["x/shard-000000.tar"]
+    assert {shard.key for shard in after.shards} >= {shard.key for shard in before.shards}

@@ -33,7 +33,7 @@ from streamswav.stream.store.urls import (
 )
 from streamswav.stream.store.web import Web
 
-__all__ = ["ObjectInfo", "Store", "is_pattern", "join", "redact"]
+__all__ = ["ObjectInfo", "Store", "fixed_part", "is_pattern", "join", "redact"]
 
 Objects = list[ObjectInfo]
 _DEFAULTS = StorageSection()
