@@ -6,8 +6,10 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from streamswav.config import StorageSection
+from streamswav.errors import DeniedError, NotFoundError
 from streamswav.stream.store import Store
 from streamswav.telemetry.progress import Reporter
 from streamswav.transfer.evaluation import BASELINES, PROTOCOLS, evaluate
@@ -74,6 +76,8 @@ def _run(
     knn: KnnSettings = _KNN,
     linear: LinearSettings = _LINEAR,
 ) -> Results:
+    if args.json and args.json != "-":
+        _check_writable(args.json, Store(storage))
     results = evaluate(
         args.checkpoint,
         args.train,
@@ -100,8 +104,26 @@ def _run(
     return results
 
 
+def _check_writable(url: str, store: Store) -> None:
+    """Write a probe and take it away again, since measuring takes long; what is there already stays.
+
+    Raises:
+        StorageError: nothing can be written there.
+    """
+    probe = f"{url}.probe"
+    try:
+        store.info(url)
+    except NotFoundError:
+        probe = url
+    except DeniedError:
+        pass  # who may write need not be allowed to read
+    store.write(probe, b"")
+    with suppress(DeniedError):
+        store.delete(probe)
+
+
 def _knn_settings(args: argparse.Namespace) -> KnnSettings:
-    return KnnSettings(tuple(args.k), args.temperature)
+    return KnnSettings(tuple(args.k) if args.k else None, args.temperature)
 
 
 def _linear_settings(args: argparse.Namespace) -> LinearSettings:
@@ -125,7 +147,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _add_knn(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--k", nargs="+", type=_count, default=_KNN.neighbours, metavar="K", help="neighbours that vote")
+    add(
+        "--k",
+        nargs="+",
+        type=_count,
+        metavar="K",
+        help="neighbours that vote (default: 20 200 where they fit)",
+    )
     add("--temperature", type=_positive, default=_KNN.temperature, help="of a vote's weight")
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from streamswav.config import CropsSection, StorageSection
 from streamswav.errors import ConfigError
 from streamswav.models import Trunk
-from streamswav.stream.store import redact
+from streamswav.stream.manifest import list_manifest
+from streamswav.stream.store import Store, redact
 from streamswav.telemetry.progress import Reporter
 from streamswav.transfer.features import Features, Preprocessing, extract
 from streamswav.transfer.knn import KnnSettings, measure_knn
@@ -81,13 +82,16 @@ def evaluate(
     wanted = choose_preprocessing(info.config.crops, resize=resize, crop=crop)
     columns = _columns(trunk, info, baselines, edge=min(wanted.crop, _PIXELS_EDGE))
     where = _device(device)
+    own_storage = info.config.storage.model_copy(update=storage.model_dump(exclude_unset=True))
+    if "knn" in protocols:
+        _check_neighbours(knn, train, Store(own_storage), limit=limit)
 
     def read(role: str, urls: Sequence[str]) -> Features:
         return extract(
             _SideBySide(columns.values()),
             urls,
             preprocessing=wanted,
-            storage=info.config.storage.model_copy(update=storage.model_dump(exclude_unset=True)),
+            storage=own_storage,
             workers=_default_workers() if workers is None else workers,
             batch=batch,
             device=where,
@@ -95,7 +99,10 @@ def evaluate(
             on_images=_progress(reporter, role),
         )
 
-    learnt, asked = read("train", train), read("test", test)
+    learnt = read("train", train)
+    if "knn" in protocols:
+        _fit_neighbours(knn, len(learnt.labels), reporter)
+    asked = read("test", test)
     labels = index_classes(learnt.labels, asked.labels)
     values: list[Value] = []
     begin = 0
@@ -172,6 +179,22 @@ class _SideBySide(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.cat([part(images) for part in self.parts], dim=1)
+
+
+def _check_neighbours(knn: KnnSettings, urls: Sequence[str], store: Store, *, limit: int | None) -> None:
+    """Refuse a k that is larger than what the shards' producers counted, before any image is read."""
+    counted = list_manifest(urls, store).samples
+    if counted is not None:
+        knn.fit(counted if limit is None else min(counted, limit))
+
+
+def _fit_neighbours(knn: KnnSettings, images: int, reporter: Reporter | None) -> None:
+    """Refuse, or tell of, each k that the images are too few for; the test images are still to be read."""
+    used, left_out = knn.fit(images), knn.left_out(images)
+    if left_out and reporter:
+        names = [", ".join(map(str, group)) for group in (left_out, used)]
+        text = f"k = {names[0]} is left out, k = {names[1]} is used: there are only {images} training images"
+        reporter.event("neighbours", text, images=images)
 
 
 def _columns(

@@ -15,6 +15,7 @@ from streamswav.transfer.results import Accuracy, measure_accuracy
 # 1024 x 65536 similarities are 256 MiB, and still large enough to keep a matrix product busy.
 _QUERIES_AT_ONCE = 1024
 _BANK_AT_ONCE = 65536
+_USUAL = (20, 200)
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,29 @@ class KnnSettings:
     """How neighbours vote.
 
     Attributes:
-        neighbours: each k that is reported.
+        neighbours: each k that is reported; None: 20 and 200, as far as there are so many training images.
         temperature: T of a neighbour's weight, exp(cosine / T).
     """
 
-    neighbours: tuple[int, ...] = (20, 200)
+    neighbours: tuple[int, ...] | None = None
     temperature: float = 0.1
+
+    def fit(self, images: int) -> tuple[int, ...]:
+        """Return each k to report of `images` training images.
+
+        Raises:
+            ConfigError: a k that was asked for is larger.
+        """
+        if self.neighbours is None:
+            return tuple(k for k in _USUAL if k <= images) or (images,)
+        most = max(self.neighbours)
+        if most > images:
+            raise ConfigError("--k", f"there are only {images} training images", value=most)
+        return self.neighbours
+
+    def left_out(self, images: int) -> tuple[int, ...]:
+        """Return each usual k that `images` training images are too few for."""
+        return () if self.neighbours else tuple(k for k in _USUAL if k > images)
 
 
 def measure_knn(
@@ -55,15 +73,12 @@ def measure_knn(
         Accuracy by k.
 
     Raises:
-        ConfigError: a k above N.
+        ConfigError: a k above N that was asked for.
     """
-    most = max(settings.neighbours)
-    if most > len(train):
-        raise ConfigError("--k", f"there are only {len(train)} training images", value=most)
-    scores: dict[int, list[Tensor]] = {k: [] for k in settings.neighbours}
+    scores: dict[int, list[Tensor]] = {k: [] for k in settings.fit(len(train))}
     for queries in _unit_parts(test, _QUERIES_AT_ONCE, device):
         bank = _unit_parts(train, _BANK_AT_ONCE, device)
-        similarities, indices = find_neighbours(queries, bank, most)
+        similarities, indices = find_neighbours(queries, bank, max(scores))
         weights = weigh(similarities, settings.temperature)
         voters = train_labels.to(device)[indices]
         for k, found in scores.items():

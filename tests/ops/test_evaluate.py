@@ -12,7 +12,7 @@ from tiny_run import save_tiny_run, tiny_config
 
 from streamswav.commands import evaluate as command
 from streamswav.config import CropsSection, StorageSection
-from streamswav.errors import CheckpointError, ConfigError
+from streamswav.errors import EXIT_CONFIG, CheckpointError, ConfigError, DeniedError
 from streamswav.transfer.evaluation import RawPixels, choose_preprocessing, evaluate, index_classes
 
 CLASSES = 4
@@ -82,6 +82,28 @@ def test_the_table_says_what_it_was_given(given, capsys, tmp_path):
         assert fact in out
 
 
+def test_usual_neighbours_that_do_not_fit_are_left_out_with_a_line_that_says_so(given, capsys):
+    results = run("knn", given)
+    assert [value.protocol for value in results.values] == ["kNN, k = 20"]
+    (line,) = (json.loads(row) for row in capsys.readouterr().err.splitlines() if "neighbours" in row)
+    assert line["message"] == "k = 200 is left out, k = 20 is used: there are only 80 training images"
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_neighbours_asked_for_that_do_not_fit_are_refused_before_the_test_images_are_read(
+    given, tmp_path, counted
+):
+    broken = tmp_path / "test" / "shard-000000.tar"
+    broken.write_bytes(bytes(1024))
+    if counted:
+        for shard in (tmp_path / "train").glob("*.tar"):
+            shard.write_bytes(bytes(1024))
+        counts = {shard.name: {"samples": 40} for shard in (tmp_path / "train").glob("*.tar")}
+        (tmp_path / "train" / "_stats.json").write_text(json.dumps({"shards": counts}))
+    with pytest.raises(ConfigError, match="--k = 81: there are only 80 training images"):
+        run("knn", [*given, "--k", "5", "81"])
+
+
 def test_linear_learns_what_pixels_tell(given):
     results = run("linear", [*given, "--baselines", "pixels", "--standardise"])
     assert results.value("linear", "pixels").scores["top1"] == 1.0
@@ -106,6 +128,26 @@ def test_json_on_standard_output_is_alone_there(given, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["values"]
     assert "per cent" in captured.err
+
+
+@pytest.mark.parametrize("place", ["file/below.json", "folder"])
+def test_a_place_for_json_that_cannot_be_written_is_found_before_anything_is_read(given, tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "test" / "shard-000000.tar").unlink()
+    with pytest.raises(DeniedError, match="cannot be written") as caught:
+        run("knn", [*given, "--json", str(tmp_path / place)])
+    assert caught.value.exit_code == EXIT_CONFIG
+
+
+def test_looking_whether_json_can_be_written_leaves_all_as_it_was(given, tmp_path):
+    (tmp_path / "old.json").write_text("old")
+    before = {path.name for path in tmp_path.iterdir()}
+    for name in ("old.json", "new.json"):
+        with pytest.raises(ConfigError):
+            run("knn", [*given, "--k", "81", "--json", str(tmp_path / name)])
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "old.json").read_text() == "old"
 
 
 def test_protocols_that_are_not_asked_for_are_left_out(given):

@@ -105,3 +105,12 @@ def test_a_label_that_no_training_image_has_is_never_hit(sets):
 def test_more_neighbours_than_images_are_refused(sets):
     with pytest.raises(ConfigError, match="only 300 training images"):
         measure_knn(*sets, classes=CLASSES, settings=KnnSettings((20, 301)))
+
+
+@pytest.mark.parametrize(("images", "used"), [(300, (20, 200)), (200, (20, 200)), (199, (20,)), (7, (7,))])
+def test_the_usual_neighbours_shrink_to_the_training_images(sets, images, used):
+    train, train_labels, test, test_labels = sets
+    found = measure_knn(
+        train[:images], train_labels[:images], test, test_labels, classes=CLASSES, settings=KnnSettings()
+    )
+    assert tuple(found) == used
