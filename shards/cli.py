@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tqdm import tqdm
 
 from streamswav import __version__
+from streamswav.arguments import Parser
 from streamswav.config import Config, load_config
 from streamswav.errors import EXIT_DONE, EXIT_FAILED, StreamswavError
 
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="streamswav-shards", description=__doc__, allow_abbrev=False)
+def _build_parser() -> Parser:
+    parser = Parser(prog="streamswav-shards", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"streamswav {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     build = _add_command(commands, "build", _build, "write a data set as shards")
@@ -80,9 +81,7 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object, text: str
-) -> argparse.ArgumentParser:
+def _add_command(commands: argparse._SubParsersAction[Parser], name: str, run: object, text: str) -> Parser:
     parser = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--endpoint-url", metavar="URL", help="S3 endpoint other than AWS")
@@ -198,10 +197,9 @@ def _progress(total: int, unit: str) -> tqdm[NoReturn]:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _size(text: str) -> int:
@@ -213,9 +211,12 @@ def _size(text: str) -> int:
 
 
 def _positive_size(text: str, factor: int) -> int:
-    size = int(float(text) * factor)
+    try:
+        size = int(float(text) * factor)
+    except (ValueError, OverflowError):
+        size = 0
     if size < 1:
-        raise argparse.ArgumentTypeError("must be at least 1 byte")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of at least 1 byte, as 300MB")
     return size
 
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamswav import __version__
+from streamswav.arguments import Parser
 from streamswav.config import Config, dump_config, load_config
+from streamswav.drain import drain_on_signals
 from streamswav.errors import EXIT_DONE, StreamswavError
 
 _INTERRUPTED = 130
@@ -51,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _build_parser(command: str) -> argparse.ArgumentParser:
+def _build_parser(command: str) -> Parser:
     """Build the parser; only `command` needs its arguments where declaring them imports torch."""
-    parser = argparse.ArgumentParser(prog="streamswav", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="streamswav", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"streamswav {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     pretrain = _add_command(commands, "pretrain", _pretrain, "train a trunk on tar shards, in one pass")
@@ -80,9 +82,7 @@ def _build_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object, text: str
-) -> argparse.ArgumentParser:
+def _add_command(commands: argparse._SubParsersAction[Parser], name: str, run: object, text: str) -> Parser:
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(run=run, takes_keys=False)
     return parser
@@ -97,19 +97,23 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         sys.stdout.write(dump_config(config))
         return
-    # torch takes seconds to import: not before the configuration is known to be right.
-    from streamswav.commands.pretrain import pretrain  # noqa: PLC0415
+    with drain_on_signals() as drain:
+        # torch takes seconds to import: not before the configuration is known to be right.
+        from streamswav.commands.pretrain import pretrain  # noqa: PLC0415
 
-    summary = pretrain(config)
+        summary = pretrain(config, drain)
     if summary:
         sys.stdout.write(json.dumps(summary, indent=1) + "\n")
 
 
 def _cooldown(arguments: argparse.Namespace) -> None:
-    from streamswav.commands.pretrain import cooldown  # noqa: PLC0415
+    config = _read_config(arguments)
+    with drain_on_signals() as drain:
+        from streamswav.commands.pretrain import cooldown  # noqa: PLC0415
 
-    summary = cooldown(_read_config(arguments), images=arguments.images)
-    sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+        summary = cooldown(config, drain, images=arguments.images)
+    if summary:
+        sys.stdout.write(json.dumps(summary, indent=1) + "\n")
 
 
 def _declare_evaluation(parser: argparse.ArgumentParser, name: str) -> None:

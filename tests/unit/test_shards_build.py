@@ -349,5 +349,8 @@ def test_an_unwritable_destination_is_one_line_and_code_78(
 def test_impossible_numbers_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["build", "in", "out", option, value])
-    assert caught.value.code == 2
-    assert option in capsys.readouterr().err
+    assert caught.value.code == 78
+    error = capsys.readouterr().err
+    assert error.startswith(f"streamswav-shards: {option}: ")
+    assert error.endswith("see `streamswav-shards build --help`\n")
+    assert error.count("\n") == 1
