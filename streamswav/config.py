@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from streamswav.errors import ConfigError
 
@@ -22,14 +22,35 @@ ENVIRONMENT_PREFIX = "STREAMSWAV_"
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+def _read_whole(value: object) -> object:
+    """Read `1e6`, which is text to YAML, as the whole number it is; anything else is left to pydantic."""
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() and abs(number) < _EXACT else value
+
+
+def _list_one(value: object) -> object:
+    """A single text where a list is wanted is a list of one: `urls: s3://bucket/shards/`."""
+    return [value] if isinstance(value, str) else value
+
+
+_EXACT = 1 << 53  # up to here a float is every whole number
+_Whole = BeforeValidator(_read_whole)
+PositiveInt = Annotated[int, Field(gt=0), _Whole]
+NonNegativeInt = Annotated[int, Field(ge=0), _Whole]
+Texts = Annotated[list[str], BeforeValidator(_list_one)]
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class RunSection(Section):
@@ -41,9 +62,7 @@ class RunSection(Section):
 class StreamSection(Section):
     """What is read, and in which order."""
 
-    urls: list[str] = Field(
-        [], description="shards: prefixes, globs, brace patterns, single tars, @list files"
-    )
+    urls: Texts = Field([], description="shards: prefixes, globs, brace patterns, single tars, @list files")
     seed: NonNegativeInt = Field(0, description="seed of order, crops and weights")
     passes: PositiveInt = Field(1, description="passes over the manifest, each in another order")
     samples: PositiveInt | None = Field(None, description="samples in one pass, where the producer knows")
@@ -117,7 +136,7 @@ class ModelSection(Section):
 class SwavSection(Section):
     """The objective (paper, section 3.1)."""
 
-    prototypes: Annotated[int, Field(ge=2)] | None = Field(None, description="K")
+    prototypes: Annotated[int, Field(ge=2), _Whole] | None = Field(None, description="K")
     epsilon: Annotated[float, Field(ge=0.001)] | None = Field(None, description="Sinkhorn's regularisation")
     iterations: NonNegativeInt | None = Field(None, description="Sinkhorn's iterations")
     temperature: Positive = Field(0.1, description="of the softmax over prototypes")
@@ -174,7 +193,7 @@ class CheckpointSection(Section):
 class TelemetrySection(Section):
     """Logs and metrics."""
 
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(9404, description="of /metrics; 0: none")
+    port: Annotated[int, Field(ge=0, le=65535), _Whole] = Field(9404, description="of /metrics; 0: none")
     bind: str = Field("0.0.0.0", description="address of /metrics")  # noqa: S104 - scraped from outside the pod
     log_seconds: Positive = Field(10.0, description="between log lines")
 
@@ -219,9 +238,9 @@ def load_config(
     """
     merged = _read_yaml(file) if file else {}
     for key, text in _environment_items(environment):
-        _assign(merged, key, _parse(text))
+        _assign(merged, key, _parse(key, text))
     for key, text in _argument_items(arguments):
-        _assign(merged, key, _parse(text))
+        _assign(merged, key, _parse(key, text))
     return parse_config(merged)
 
 
@@ -331,12 +350,16 @@ def _argument_items(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
         yield key.replace("-", "_"), text
 
 
-def _parse(text: str) -> Any:
-    """Read a value as YAML, so that lists, numbers and null can be written; any other text is itself."""
+def _parse(key: str, text: str) -> Any:
+    """Read a value as YAML, so that lists, numbers and null can be written; any other text is itself.
+
+    Where a text is wanted, what YAML takes for a number, a date or the like is text as well.
+    """
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # the latter for a date that no calendar has
         return text
+    return value if key not in _TEXT_KEYS or isinstance(value, str | list | None) else text
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -346,9 +369,6 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(section, "is a section, not a value", value=inner)
         values = inner
-    # A single text where a list is wanted is a list of one: `--stream.urls s3://bucket/shards/`.
-    if key in _LIST_KEYS and isinstance(value, str):
-        value = [value]
     values[last] = value
 
 
@@ -372,14 +392,14 @@ def _nearest(key: str) -> str | None:
     return by_last[close[0]] if close else None
 
 
-def _list_keys() -> frozenset[str]:
+def _text_keys() -> frozenset[str]:
     found = set()
     for key in keys():
         section, name = key.split(".")
         model = typing.cast("type[BaseModel]", Config.model_fields[section].annotation)
-        if typing.get_origin(model.model_fields[name].annotation) is list:
+        if model.model_fields[name].annotation in (str, str | None, list[str]):
             found.add(key)
     return frozenset(found)
 
 
-_LIST_KEYS = _list_keys()
+_TEXT_KEYS = _text_keys()

@@ -37,6 +37,37 @@ def test_a_single_url_is_a_list_of_one():
     assert load_config(arguments=["--stream.urls=s3://bucket/p"]).stream.urls == ["s3://bucket/p"]
 
 
+def test_a_single_url_is_a_list_of_one_in_a_file_too(tmp_path):
+    (tmp_path / "c.yaml").write_text("stream: {urls: s3://bucket/p/}\n")
+    assert load_config(tmp_path / "c.yaml").stream.urls == ["s3://bucket/p/"]
+
+
+@pytest.mark.parametrize("text", ["2024", "007", "1.10", "2024-01-01", "2024-99-99", "1_000", "no"])
+def test_a_folder_may_have_a_name_that_yaml_takes_for_something_else(text):
+    config = load_config(None, {"STREAMSWAV_STORAGE__REGION": text}, ["--run.directory", text])
+    assert (config.run.directory, config.storage.region) == (text, text)
+    assert load_config(arguments=["--stream.urls", text]).stream.urls == [text]
+
+
+def test_text_stays_optional_and_quoted_where_yaml_says_so(tmp_path):
+    config = load_config(arguments=["--storage.region", "null", "--run.directory", "'7'"])
+    assert (config.storage.region, config.run.directory) == (None, "7")
+    (tmp_path / "c.yaml").write_text("run: {directory: 2024}\n")
+    assert load_config(tmp_path / "c.yaml").run.directory == "2024"
+
+
+@pytest.mark.parametrize("text", ["1e6", "1.0e+6", "1000000", "1_000_000", "1000000.0"])
+def test_whole_numbers_may_be_written_with_an_exponent(text, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"training: {{images: {text}}}\n")
+    for config in (load_config(tmp_path / "c.yaml"), load_config(arguments=["--training.images", text])):
+        assert repr(config.training.images) == "1000000"
+
+
+@pytest.mark.parametrize("text", ["1e-1", "1.5e0", "1e400", "nan", "1e300", "-1e6", "many"])
+def test_no_other_number_is_taken_for_a_whole_one(text):
+    assert "training.images" in message(arguments=["--training.images", text])
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
