@@ -32,7 +32,14 @@ def sinkhorn(
 
     Returns:
         Codes [..., B, K], float32 (float64 for such scores), that sum to 1 for each sample.
+
+    Raises:
+        ValueError: an epsilon that is not above 0, or iterations below 0.
     """
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be above 0, not {epsilon}")
+    if iterations < 0:
+        raise ValueError(f"iterations must be 0 or more, not {iterations}")
     precision = torch.promote_types(scores.dtype, torch.float32)
     if iterations == 0:
         return torch.softmax(scores.double() / epsilon, dim=-1).to(precision)

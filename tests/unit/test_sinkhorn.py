@@ -123,3 +123,11 @@ def test_scores_are_left_as_they_were_and_get_no_gradient() -> None:
     before = scores.detach().clone()
     assert not sinkhorn(scores).requires_grad
     assert torch.equal(scores.detach(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epsilon", 0.0), ("epsilon", -0.05), ("epsilon", float("nan")), ("iterations", -1)]
+)
+def test_settings_that_have_no_codes_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .* not {value}"):
+        sinkhorn(torch.zeros(2, 3), **{name: value})
