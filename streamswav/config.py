@@ -11,14 +11,17 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, LiteralString, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from streamswav.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "STREAMSWAV_"
+
+_REFUSAL: LiteralString = "refusal"
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -118,6 +121,28 @@ class CropsSection(Section):
     std: tuple[Positive, Positive, Positive] = Field((0.228, 0.224, 0.225), description="normalisation")
     max_pixels: PositiveInt = Field(178_956_970, description="larger images are quarantined undecoded")
     exif_orientation: bool = Field(False, description="turn images by their EXIF orientation")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.sizes:
+            raise _refusal("crops.sizes", "at least one resolution is needed", self.sizes)
+        for name in ("counts", "scales"):
+            if len(getattr(self, name)) != len(self.sizes):
+                reason = f"needs one entry for each of the {len(self.sizes)} crops.sizes"
+                raise _refusal(f"crops.{name}", reason, getattr(self, name))
+        ranges = [("aspect", self.aspect), ("blur_sigma", self.blur_sigma)]
+        for name, (low, high) in [*ranges, *(("scales", scale) for scale in self.scales)]:
+            if low > high:
+                raise _refusal(f"crops.{name}", "the first number must not be the larger", [low, high])
+        if sum(self.counts) < 2:
+            raise _refusal("crops.counts", "swapped prediction needs at least two crops", self.counts)
+        return self
+
+
+def _refusal(key: str, reason: str, value: object) -> PydanticCustomError:
+    """A ValueError of which `parse_config` makes a ConfigError."""
+    shown = {"key": key, "reason": reason, "value": value}
+    return PydanticCustomError(_REFUSAL, "{key}: {reason}", shown)
 
 
 class ModelSection(Section):
@@ -269,24 +294,8 @@ def check_combinations(config: Config) -> None:
     Raises:
         ConfigError: the first impossible combination found.
     """
-    _check_crops(config.crops)
     _check_objective(config)
     _check_grid(config)
-
-
-def _check_crops(crops: CropsSection) -> None:
-    if not crops.sizes:
-        raise ConfigError("crops.sizes", "at least one resolution is needed", value=crops.sizes)
-    for name in ("counts", "scales"):
-        if len(getattr(crops, name)) != len(crops.sizes):
-            reason = f"needs one entry for each of the {len(crops.sizes)} crops.sizes"
-            raise ConfigError(f"crops.{name}", reason, value=getattr(crops, name))
-    ranges = [("aspect", crops.aspect), ("blur_sigma", crops.blur_sigma)]
-    for name, (low, high) in [*ranges, *(("scales", scale) for scale in crops.scales)]:
-        if low > high:
-            raise ConfigError(f"crops.{name}", "the first number must not be the larger", value=[low, high])
-    if sum(crops.counts) < 2:
-        raise ConfigError("crops.counts", "swapped prediction needs at least two crops", value=crops.counts)
 
 
 def _check_objective(config: Config) -> None:
@@ -377,6 +386,8 @@ def _explain(error: ValidationError) -> ConfigError:
     key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
         return ConfigError(key, "there is no such key", value=first["input"], nearest=_nearest(key))
+    if first["type"] == _REFUSAL:
+        return ConfigError(**first["ctx"])
     return ConfigError(key, first["msg"].removeprefix("Value error, "), value=first["input"])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from streamswav.config import Config, dump_config, keys, load_config
+from streamswav.config import Config, CropsSection, dump_config, keys, load_config, parse_config
 from streamswav.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "ops" / "recipes").glob("*.yaml"))
@@ -91,6 +91,26 @@ def test_no_other_number_is_taken_for_a_whole_one(text):
 def test_what_is_wrong_is_named_with_key_value_and_reason(arguments, parts):
     text = message(arguments=arguments)
     assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "reason"),
+    [
+        ({"sizes": []}, "sizes", "[]", "at least one"),
+        ({"sizes": [96]}, "counts", "[2, 6]", "1 crops.sizes"),
+        ({"sizes": [96], "counts": [2]}, "scales", "", "1 crops.sizes"),
+        ({"aspect": (2, 1)}, "aspect", "[2.0, 1.0]", "larger"),
+        ({"scales": [(0.5, 0.2), (0.1, 0.2)]}, "scales", "[0.5, 0.2]", "larger"),
+        ({"sizes": [96], "counts": [1], "scales": [(0.1, 1)]}, "counts", "[1]", "at least two"),
+    ],
+)
+def test_crops_that_do_not_fit_together_are_refused_however_they_are_given(section, key, value, reason):
+    with pytest.raises(ValueError, match=rf"crops\.{key}: .*{reason}"):
+        CropsSection(**section)
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"crops": section})
+    assert str(caught.value).startswith(f"crops.{key} = {value}")
+    assert reason in caught.value.reason
 
 
 def test_a_misspelt_key_in_the_environment_is_named():
