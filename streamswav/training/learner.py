@@ -137,7 +137,7 @@ class Learner:
             raise CheckpointError("the checkpoint and swav.queue_length disagree on whether there is a queue")
         try:
             self.module.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state["optimizer"])
             if self.queue is not None:
                 self.queue.load_state_dict(state["queue"])
         except (RuntimeError, ValueError) as error:
@@ -145,6 +145,13 @@ class Learner:
             raise CheckpointError(f"the checkpoint is of another model: {reason}") from None
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over the momenta; weight decay and the like are what is configured now."""
+        configured = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(settings)
 
     def _forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return embeddings [N, B, D] and scores [N, B, K]."""

@@ -14,7 +14,7 @@ from streamswav.config import Config, dump_config
 from streamswav.errors import CheckpointError
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store, join
-from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, pack, unpack
+from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, pack, read_checkpoint, unpack
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed
 from streamswav.training.learner import Learner
@@ -122,10 +122,18 @@ class Saver:
         Raises:
             CheckpointError: it is of another model, or none is whole.
         """
-        found = self._ranks.lead(self._folder.newest)
-        if found is None:
+        found: list[tuple[Checkpoint, dict[str, bytes]]] = []
+
+        def choose() -> str | None:
+            newest = self._folder.newest()
+            found.extend([newest] if newest else [])
+            return newest[0].url if newest else None
+
+        url = self._ranks.lead(choose)
+        if url is None:
             return None
-        checkpoint, files = found
+        # Rank 0 has read it; the others fetch it from where it lies, not through rank 0.
+        checkpoint, files = found[0] if found else read_checkpoint(url, self._store)
         refuse_other_model(checkpoint, describe_model(self._config))
         run = json.loads(files["run.json"])
         position = Position.from_json(json.loads(files["position.json"]))

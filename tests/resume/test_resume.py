@@ -81,8 +81,8 @@ def test_a_run_that_is_killed_twice_and_damaged_ends_the_same(whole, command, bu
     url, folder = bucket
     again = command(f"{url}/run")
     dice = random.Random()
-    for attempt in (1, 2):
-        step = dice.randint(4, 10) + 8 * (attempt - 1)
+    for attempt, (first, last) in enumerate([(4, 7), (9, STEPS - 2)], 1):
+        step = dice.randint(first, last)
         with start(again, tmp_path / f"attempt-{attempt}") as running:
             seen = running.wait_until(lambda so_far, step=step: reached(step)(so_far) and saved(so_far))
             running.signal(signal.SIGKILL)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from streamswav.commands.pretrain import build_learner
+from streamswav.training.build import build_learner
 from streamswav.config import CheckpointSection, Config, parse_config
 from streamswav.errors import CheckpointError
 from streamswav.stream.plan import Grid
