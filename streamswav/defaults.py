@@ -12,6 +12,7 @@ from streamswav.errors import ConfigError
 PAPER_BATCH = 4096
 _MEMORY_OF_THE_PAPER = {1: 64, 2: 32, 4: 32, 5: 8}
 _LARGE_TRUNK = 100_000_000
+_RANKS_IN_GROUPS = 16
 _DIVISORS_OF_12 = (12, 6, 4, 3, 2, 1)
 _OF_THE_RUN = ("stream", "swav", "optimizer")
 _STANDING = {
@@ -88,12 +89,14 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     if config.stream.samples is None and facts.samples is not None:
         choose("stream.samples", lambda: (facts.samples, "counted by the shards' producer (_stats.json)"))
     samples = values["stream"]["samples"]
+    distinct = min(samples, config.training.images or samples) if samples else None
     total = min(samples * config.stream.passes, config.training.images or 1 << 62) if samples else None
     batch = choose("training.batch", lambda: _batch(config, facts))
     _check_batch(batch, facts.world_size)
     _choose_grid(choose, config, facts, batch)
-    _choose_objective(choose, facts, batch, total)
+    _choose_objective(choose, facts, batch, distinct=distinct, total=total)
     _choose_rate(choose, config, batch, total)
+    _check_batch_norm(config, facts)
     choose("training.sync_batch_norm", lambda: _sync_batch_norm(config, facts))
     if total is not None:
         often = max(1, total // 20)
@@ -139,6 +142,16 @@ def _check_batch(batch: int, world_size: int) -> None:
         raise ConfigError("training.batch", f"must be a multiple of the {world_size} ranks", value=batch)
 
 
+def _check_batch_norm(config: Config, facts: Facts) -> None:
+    share, world_size = config.training.sync_batch_norm, facts.world_size
+    if share and share < world_size and world_size % share:
+        reason = f"the {world_size} ranks do not fall into groups of this size; 0 means all of them"
+        raise ConfigError("training.sync_batch_norm", reason, value=share)
+    if config.training.topology_invariant and world_size > 1 and not facts.cuda:
+        reason = "batch statistics are not shared between CPU ranks (SyncBatchNorm needs GPUs); use one rank"
+        raise ConfigError("training.topology_invariant", reason, value=True)
+
+
 def _choose_grid(choose: Choose, config: Config, facts: Facts, batch: int) -> None:
     rows = config.stream.rows
     workers = choose("loader.workers", lambda: _workers(facts, rows))
@@ -151,9 +164,11 @@ def _choose_grid(choose: Choose, config: Config, facts: Facts, batch: int) -> No
     choose("stream.columns", lambda: (fitted, "room to halve and double the ranks; divides training.batch"))
 
 
-def _choose_objective(choose: Choose, facts: Facts, batch: int, total: int | None) -> None:
+def _choose_objective(
+    choose: Choose, facts: Facts, batch: int, *, distinct: int | None, total: int | None
+) -> None:
     large = facts.trunk_parameters > _LARGE_TRUNK
-    choose("swav.prototypes", lambda: _prototypes(large, total))
+    choose("swav.prototypes", lambda: _prototypes(large, distinct))
     choose("swav.epsilon", lambda: (0.03, "SEER's, for large trunks") if large else (0.05, "the paper's"))
     choose("swav.iterations", lambda: (10, "SEER's, for large trunks") if large else (3, "the paper's"))
     length = choose("swav.queue_length", lambda: _queue_length(batch))
@@ -213,10 +228,10 @@ def _fit_columns(facts: Facts, columns: int, rows: int) -> int:
     return columns
 
 
-def _prototypes(large: bool, total: int | None) -> tuple[int, str]:
+def _prototypes(large: bool, distinct: int | None) -> tuple[int, str]:
     if large:
         return 16_000, "SEER's, for large trunks"
-    if total is not None and total < 1_000_000:
+    if distinct is not None and distinct < 1_000_000:
         return 512, "under a million images: fewer prototypes, so that each gets its share"
     return 3000, "the paper's"
 
@@ -245,9 +260,12 @@ def _warmup(batch: int, total: int) -> tuple[int, str]:
 
 
 def _sync_batch_norm(config: Config, facts: Facts) -> tuple[int, str]:
-    if facts.world_size >= 16 and not config.training.topology_invariant:
-        return 8, "groups of 8 ranks: the paper's, at half the cost of all ranks"
-    return 0, "batch statistics over all ranks"
+    if facts.world_size < _RANKS_IN_GROUPS or config.training.topology_invariant:
+        return 0, "batch statistics over all ranks"
+    group = next(size for size in range(8, 0, -1) if facts.world_size % size == 0)
+    if group == 1:
+        return 0, f"over all ranks: {facts.world_size} do not fall into groups of 8 or fewer"
+    return group, "groups of 8 ranks or the next divisor: the paper's, at half the cost of all ranks"
 
 
 def _precision(facts: Facts) -> tuple[str, str]:

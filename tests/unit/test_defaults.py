@@ -221,6 +221,32 @@ def test_batch_statistics_are_shared_by_8_ranks_from_16_on():
     assert chosen(invariant, world_size=16).training.sync_batch_norm == 0
 
 
+@pytest.mark.parametrize(("world_size", "group"), [(16, 8), (20, 5), (24, 8), (36, 6), (22, 2), (17, 0)])
+def test_groups_of_batch_statistics_divide_the_ranks(world_size, group):
+    assert chosen(world_size=world_size).training.sync_batch_norm == group
+
+
+def test_groups_that_leave_ranks_over_are_refused():
+    with pytest.raises(ConfigError, match=r"training\.sync_batch_norm = 8: the 20 ranks"):
+        chosen({"training": {"sync_batch_norm": 8}}, world_size=20)
+    for share, world_size in [(8, 4), (8, 16), (0, 20), (1, 20)]:
+        given_share = {"training": {"sync_batch_norm": share}}
+        assert chosen(given_share, world_size=world_size).training.sync_batch_norm == share
+
+
+def test_statistics_of_the_whole_batch_are_refused_on_several_cpu_ranks():
+    invariant = {"training": {"topology_invariant": True}}
+    with pytest.raises(ConfigError, match=r"training\.topology_invariant = True: .*CPU"):
+        chosen(invariant, world_size=2, cuda=False)
+    assert chosen(invariant, world_size=1, cuda=False).training.topology_invariant
+
+
+def test_prototypes_follow_distinct_images_not_passes():
+    assert chosen({"stream": {"passes": 100}}, samples=50_000).swav.prototypes == 512
+    assert chosen({"training": {"images": 900_000}}, samples=5_000_000).swav.prototypes == 512
+    assert chosen({"stream": {"passes": 2}}, samples=1_000_000).swav.prototypes == 3000
+
+
 def test_checkpoints_come_every_10_minutes_and_one_in_5_percent_stays():
     section = chosen(samples=1_000_000).checkpoint
     assert (section.minutes, section.keep, section.keep_every_images) == (10, 3, 50_000)
