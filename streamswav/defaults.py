@@ -28,6 +28,36 @@ _STANDING = {
 
 
 @dataclass(frozen=True)
+class Portion:
+    """A share of the run, up to a number of images.
+
+    Attributes:
+        share: 0 to 1.
+        most: images that it never exceeds.
+    """
+
+    share: float
+    most: int
+
+    def of(self, total: int, *, bytes_per_image: float | None = 1) -> int:
+        """Return the portion of `total`, in its unit.
+
+        Args:
+            total: images or bytes of the whole run.
+            bytes_per_image: 1 where `total` counts images; None: not known, and nothing bounds the share.
+        """
+        amount = round(self.share * total)
+        return amount if bytes_per_image is None else min(amount, round(self.most * bytes_per_image))
+
+
+WARMUP = Portion(0.1, 12_800_000)
+FREEZE = Portion(0.01, 1_281_167)
+QUEUE_START = Portion(0.075, 19_200_000)
+SMALL_BATCH = 256
+"""Up to this batch there is no warm-up, as in the paper."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What is known before a run starts.
 
@@ -177,10 +207,10 @@ def _choose_objective(
     elif batch >= 1536:
         choose("swav.queue_start_images", lambda: (0, "from the start, as the paper at 1536 and 2560"))
     elif total is not None:
-        start = min(19_200_000, round(0.075 * total))
+        start = QUEUE_START.of(total)
         choose("swav.queue_start_images", lambda: (start, "7.5% of the images: the paper's epoch 15 of 200"))
     if total is not None:
-        freeze = min(1_281_167, total // 100)
+        freeze = FREEZE.of(total)
         choose(
             "swav.freeze_prototypes_images", lambda: (freeze, "1% of the images, one ImageNet epoch at most")
         )
@@ -254,9 +284,9 @@ def _rate(optimizer: str, batch: int) -> tuple[float, str]:
 
 
 def _warmup(batch: int, total: int) -> tuple[int, str]:
-    if batch <= 256:
+    if batch <= SMALL_BATCH:
         return 0, "none at small batches, as the paper"
-    return min(12_800_000, total // 10), "10% of the images, the paper's 10 epochs at most"
+    return WARMUP.of(total), "10% of the images, the paper's 10 epochs at most"
 
 
 def _sync_batch_norm(config: Config, facts: Facts) -> tuple[int, str]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamswav.config import Config
+from streamswav.defaults import FREEZE, QUEUE_START, SMALL_BATCH, WARMUP, Portion
 from streamswav.errors import ConfigError
 from streamswav.training.schedule import Schedule
-
-WARMUP_SHARE = 0.1
-FREEZE_SHARE = 0.01
-QUEUE_SHARE = 0.075
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,14 @@ class Pace:
         return min(1.0, (sample_bytes if self.in_bytes else images) / self.total)
 
 
-def make_pace(config: Config, manifest_bytes: int) -> Pace:
+def make_pace(config: Config, manifest_bytes: int, bytes_per_image: float | None = None) -> Pace:
     """Build the pace of a resolved configuration.
+
+    Args:
+        config: with batch and rate chosen.
+        manifest_bytes: of all shards, once.
+        bytes_per_image: estimate of a sample's mean size, by which the bounds of warm-up, freeze and queue
+            start, which are images, hold in bytes too; None: not known, and their shares are not bounded.
 
     Raises:
         ConfigError: amounts of images are given, but the number of samples is not known.
@@ -67,25 +70,24 @@ def make_pace(config: Config, manifest_bytes: int) -> Pace:
         total = min(known, config.training.images or known)
     optimizer, swav = config.optimizer, config.swav
     assert optimizer.rate is not None
-    share = {"warmup": WARMUP_SHARE if batch > 256 else 0.0, "freeze": FREEZE_SHARE, "queue": QUEUE_SHARE}
-    given = {
-        "warmup": optimizer.warmup_images,
-        "freeze": swav.freeze_prototypes_images,
-        "queue": swav.queue_start_images,
-    }
-    amounts = {name: round(share[name] * total) if given[name] is None else given[name] for name in share}
-    warmup, freeze, queue = amounts["warmup"] or 0, amounts["freeze"] or 0, amounts["queue"] or 0
+    each = bytes_per_image if in_bytes else 1
+
+    def amount(given: int | None, portion: Portion) -> int:
+        return portion.of(total, bytes_per_image=each) if given is None else given
+
+    small = batch <= SMALL_BATCH and optimizer.warmup_images is None
     schedule = Schedule(
         base=optimizer.rate,
         start=optimizer.start_rate or 0.0,
         final=optimizer.final_rate or 0.0,
-        warmup_images=warmup,
+        warmup_images=0 if small else amount(optimizer.warmup_images, WARMUP),
         total_images=total,
         batch=0 if in_bytes else batch,
         shape=optimizer.schedule or "cosine",
         cooldown_images=optimizer.cooldown_images,
     )
-    return Pace(schedule, total, in_bytes, freeze, queue)
+    freeze = amount(swav.freeze_prototypes_images, FREEZE)
+    return Pace(schedule, total, in_bytes, freeze, amount(swav.queue_start_images, QUEUE_START))
 
 
 def _refuse_images(config: Config) -> None:

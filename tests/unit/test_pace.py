@@ -13,11 +13,10 @@ BASE = {
 }
 
 
-def pace(manifest_bytes=1 << 40, **sections):
+def pace(manifest_bytes=1 << 40, bytes_per_image=None, **sections):
     names = {*BASE, *sections}
-    return make_pace(
-        parse_config({name: BASE.get(name, {}) | sections.get(name, {}) for name in names}), manifest_bytes
-    )
+    config = parse_config({name: BASE.get(name, {}) | sections.get(name, {}) for name in names})
+    return make_pace(config, manifest_bytes, bytes_per_image)
 
 
 def test_a_run_whose_samples_are_known_counts_images():
@@ -55,6 +54,23 @@ def test_a_run_whose_samples_are_not_known_counts_bytes_with_the_same_shares():
     assert [made.stride(0, n).freeze_prototypes for n in (0, 19_999, 20_000)] == [True, True, False]
     assert [made.stride(0, n).use_queue for n in (0, 149_999, 150_000)] == [False, False, True]
     assert made.fraction(123, 500_000) == 0.25
+
+
+def test_the_bounds_in_images_hold_in_bytes_where_a_samples_size_is_known():
+    large = 10**15
+    assert pace(large).schedule.warmup_images == large // 10
+    made = pace(large, bytes_per_image=1000.0)
+    assert made.in_bytes
+    assert made.schedule.warmup_images == 12_800_000_000
+    assert (made.freeze_until, made.queue_from) == (1_281_167_000, 19_200_000_000)
+    assert pace(10**9, bytes_per_image=1000.0).schedule.warmup_images == 10**8
+    assert pace(training={"batch": 256}, bytes_per_image=1000.0).schedule.warmup_images == 0
+
+
+def test_shares_and_bounds_are_those_of_the_defaults_also_in_images():
+    made = pace(stream={"samples": 10**9})
+    assert made.schedule.warmup_images == 12_800_000
+    assert (made.freeze_until, made.queue_from) == (1_281_167, 19_200_000)
 
 
 def test_small_batches_have_no_warm_up_in_bytes_either():
