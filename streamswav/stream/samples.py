@@ -160,7 +160,6 @@ class LaneReader:
 
     Attributes:
         cursor: where the lane is after the samples given so far.
-        damages: stretches that could not be parsed, since `take_damages` was called last.
     """
 
     def __init__(self, plan: Plan, lane: int, open_piece: OpenPiece, cursor: Cursor | None = None) -> None:
@@ -255,7 +254,7 @@ class LaneReader:
 
 
 def name_samples(pieces: Sequence[Piece], open_piece: OpenPiece) -> tuple[list[Piece], list[Quarantined]]:
-    """Read the headers of what is left, so that every sample is known by its ordinal.
+    """Read what is left, so that every sample is known by its ordinal.
 
     Returns:
         Pieces of at most `NAMED_SAMPLES` samples that name what they hold, and the damages met.

@@ -25,7 +25,7 @@ class Monitor:
 
     Attributes:
         loss_first: loss of the run's first step.
-        loss_last: mean loss since the last log but one.
+        loss_last: mean loss of the steps between the last two logs.
         images_per_second: over this process' whole training.
     """
 
