@@ -164,13 +164,15 @@ def _train(run: Run, drain: Drain) -> dict[str, Any]:
     monitor.describe(run.manifest, _about(config, ranks))
     run.metrics.checkpoint_interval.set(60 * (config.checkpoint.minutes or math.inf))
     trainer, feed = _build_trainer(run, saver, monitor, restored, drain)
+    loss_first = restored.loss_first if restored else None
+    del restored  # it holds a model and an optimizer
     if trainer.done:
         reporter.event("done", f"{config.run.directory}: this run is done ({feed.trained:,} images)")
     else:
         place = join(config.run.directory, "config.yaml")
         ranks.lead(lambda: run.store.write(place, dump_config(config).encode()))
         drain.patient = True
-        monitor.begin(images=feed.trained, loss_first=restored.loss_first if restored else None)
+        monitor.begin(images=feed.trained, loss_first=loss_first)
         trainer.train()
     run.metrics.set_state("done")
     summary = ranks.lead(lambda: _summarise(run, trainer, feed, monitor, saver))

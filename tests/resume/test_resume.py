@@ -172,6 +172,19 @@ def first_rate(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["rate"]
 
 
+def test_a_signal_before_the_first_step_ends_the_run_at_once(web, tmp_path):
+    (web.folder / "list").write_text("s3://bucket/train/\n")
+    web.faults.extend([("hang", 60)] * 10)
+    waiting = arguments(run={"directory": tmp_path / "run"}, stream={"urls": f"@{web.url}/list"})
+    with start(waiting, tmp_path) as running:
+        running.wait_until(lambda _: web.requests)
+        running.signal(signal.SIGTERM)
+        stopped = running.wait(10)
+    assert stopped.code == EXIT_RETRY
+    (line,) = stopped.said
+    assert "the same command" in line
+
+
 def test_a_signal_is_heard_while_storage_hangs(web, make_shards, tmp_path):
     """And the workers that wait for it, for up to five minutes, do not keep the rank from leaving."""
     make_shards(web.folder, counts=[40, 40])

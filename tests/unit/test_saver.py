@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from streamswav.training.build import build_learner
 from streamswav.config import CheckpointSection, Config, parse_config
 from streamswav.errors import CheckpointError
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store
 from streamswav.swav import FeatureQueue
+from streamswav.training.build import build_learner
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder
 from streamswav.training.distributed import Ranks
 from streamswav.training.saver import Restored, Saver, describe_model, load_into, refuse_other_model
