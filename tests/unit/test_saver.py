@@ -45,7 +45,7 @@ def learner_with_queue(length):
         {
             "model": {"trunk": "resnet8", "width": 0.125, "head_hidden": 0, "embedding": DIM},
             "crops": {"sizes": [8], "counts": [2], "scales": [[0.5, 1.0]]},
-            "swav": {"prototypes": 4, "iterations": 3, "queue_length": length},
+            "swav": {"prototypes": 4, "epsilon": 0.05, "iterations": 3, "queue_length": length},
             "optimizer": {"rate": 0.1},
             "training": {"batch": BATCH, "precision": "float32"},
         }
