@@ -97,6 +97,8 @@ class LoaderSection(Section):
     workers: NonNegativeInt | None = Field(None, description="loader processes a rank; 0 works in the rank")
     prefetch: PositiveInt = Field(2, description="batches ahead, a worker")
     read_ahead: PositiveInt = Field(2, description="blocks ahead, a shard")
+    requests: PositiveInt = Field(8, description="ranged reads in flight, a worker")
+    memory: PositiveInt = Field(2 << 30, description="bytes of blocks, a worker; many lanes: smaller blocks")
 
 
 class CropsSection(Section):

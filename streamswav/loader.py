@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection, forkserver
@@ -112,6 +112,10 @@ class LaneBatches(IterableDataset[Item]):
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
         mine, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        rows = {
+            (self.first + mine + turn * step) % self.plan.grid.rows for turn in range(self.plan.grid.rows)
+        }
+        self.reader.share_among(len(rows) * len(self.columns))
         try:
             for number in itertools.count(self.first + mine, step):
                 item = self._assemble(number)
@@ -128,8 +132,9 @@ class LaneBatches(IterableDataset[Item]):
         crops: list[Crops] = []
         passed: list[Quarantined] = []
         lanes = [self.plan.grid.lane(number % self.plan.grid.rows, column) for column in self.columns]
+        self._open_lanes(lanes)
         for lane in lanes:
-            reader = self._lane(lane)
+            reader = self._lanes[lane]
             want = len(taken) + self.plan.grid.share
             while len(taken) < want and (sample := next(reader, None)) is not None:
                 started = time.perf_counter()
@@ -152,18 +157,21 @@ class LaneBatches(IterableDataset[Item]):
             parameters=parameters,
             ids=tuple(sample.id for sample in taken),
             keys=tuple(sample.key for sample in taken),
-            cursors={lane: self._lane(lane).cursor for lane in lanes},
+            cursors={lane: self._lanes[lane].cursor for lane in lanes},
             sample_bytes=sum(sample.stop - sample.start for sample in taken),
             quarantined=tuple(passed),
             seconds={"fetch": fetching, "parse": parsing, "decode": decoding, "collate": now - started},
             traffic=tuple(self.reader.take_traffic()),
         )
 
-    def _lane(self, lane: int) -> LaneReader:
-        """Lanes open when their row comes first."""
-        if lane not in self._lanes:
-            self._lanes[lane] = LaneReader(self.plan, lane, self.reader.open, self.cursors.get(lane))
-        return self._lanes[lane]
+    def _open_lanes(self, lanes: Sequence[int]) -> None:
+        """Lanes open when their row comes first; all of a row ask for their first bytes at once."""
+        for lane in lanes:
+            if lane not in self._lanes:
+                reader = LaneReader(self.plan, lane, self.reader.open, self.cursors.get(lane))
+                self._lanes[lane] = reader
+                if piece := reader.next_piece:
+                    self.reader.begin(piece)
 
     def _crop(self, sample: Sample) -> Crops:
         if sample.image is None:

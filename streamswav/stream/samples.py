@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from streamswav.config import StorageSection
-from streamswav.stream.manifest import Manifest, Shard
+from streamswav.config import LoaderSection, StorageSection
+from streamswav.stream.manifest import Manifest
 from streamswav.stream.plan import Cursor, Piece, Plan
 from streamswav.stream.store import Store
 from streamswav.stream.tar import Damage, TarSample, read_samples
 
 NAMED_SAMPLES = 64
+_SMALLEST_BLOCK = 256 << 10
+_LOADER = LoaderSection()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +93,38 @@ class ShardReader:
 
     Cheap to pickle: clients and threads are made at the first use, and stay in their process.
 
+    Args:
+        manifest: the shards.
+        storage: how they are reached; its `block_bytes` is the largest read.
+        read_ahead: blocks that a shard is ahead of its reader, also while nobody reads on.
+        requests: reads in flight, over all open shards.
+        memory: bytes of blocks over all open shards; where there are many of these, blocks shrink to it.
+
     Attributes:
         fetch_seconds: time that the reading thread waited for bytes.
     """
 
-    def __init__(self, manifest: Manifest, storage: StorageSection, *, read_ahead: int) -> None:
-        self._manifest, self._storage, self._read_ahead = manifest, storage, read_ahead
+    def __init__(
+        self,
+        manifest: Manifest,
+        storage: StorageSection,
+        *,
+        read_ahead: int,
+        requests: int = _LOADER.requests,
+        memory: int = _LOADER.memory,
+    ) -> None:
+        self._manifest, self._storage = manifest, storage
+        self._read_ahead, self._requests, self._memory = read_ahead, requests, memory
         self._store: Store | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._traffic: deque[tuple[str, int]] = deque()
+        self._block = storage.block_bytes
+        self._begun: dict[tuple[int, int], list[_Blocks]] = {}
         self.fetch_seconds = 0.0
 
     def __reduce__(self) -> tuple[Callable[..., ShardReader], tuple[object, ...]]:
-        return _make_reader, (self._manifest, self._storage, self._read_ahead)
+        limits = {"read_ahead": self._read_ahead, "requests": self._requests, "memory": self._memory}
+        return _make_reader, (self._manifest, self._storage, limits)
 
     def digest(self, shard: int) -> int:
         """Return the shard's identity, 64 bits."""
@@ -113,40 +134,83 @@ class ShardReader:
         """Return (outcome, bytes received) of every request since the last call."""
         return [self._traffic.popleft() for _ in range(len(self._traffic))]
 
+    def share_among(self, lanes: int) -> int:
+        """Choose the size of blocks, in bytes, for so many lanes that stay open; forget what was begun.
+
+        A lane holds the blocks ahead, the one it parses, and the copy that joins it to the next.
+        """
+        fitting = self._memory // ((self._read_ahead + 2) * lanes)
+        self._block = min(self._storage.block_bytes, max(fitting, _SMALLEST_BLOCK))
+        self._begun.clear()
+        return self._block
+
+    def begin(self, piece: Piece) -> None:
+        """Ask for the first blocks of a piece that will be opened soon, without waiting for them."""
+        blocks = self._blocks(piece)
+        blocks.ask()
+        self._begun.setdefault((piece.shard, piece.offset), []).append(blocks)
+
     def open(self, piece: Piece) -> Iterator[TarSample | Damage]:
         """Yield samples and damages of the piece's shard, from the piece's offset on.
 
         Raises:
             StorageError: the shard is missing, changed, or out of reach until the deadline.
         """
-        shard = self._manifest.shards[piece.shard]
-        blocks = self._blocks(shard, piece.offset)
-        return read_samples(blocks, size=shard.size, start=piece.offset, ordinal=piece.ordinal)
+        begun = self._begun.get((piece.shard, piece.offset))
+        blocks = begun.pop() if begun else self._blocks(piece)
+        size = self._manifest.shards[piece.shard].size
+        return read_samples(self._timed(blocks), size=size, start=piece.offset, ordinal=piece.ordinal)
 
-    def _blocks(self, shard: Shard, start: int) -> Iterator[bytes]:
+    def _blocks(self, piece: Piece) -> _Blocks:
         if self._pool is None or self._store is None:
-            self._pool = ThreadPoolExecutor(self._read_ahead, thread_name_prefix="read-ahead")
+            self._pool = ThreadPoolExecutor(self._requests, thread_name_prefix="read-ahead")
             self._store = Store(self._storage, on_request=self._record)
-        waiting: deque[Future[bytes]] = deque()
-        offsets = iter(range(start, shard.size, self._storage.block_bytes))
+        shard, pool, read = self._manifest.shards[piece.shard], self._pool, self._store.read_range
+
+        def fetch(start: int) -> Future[bytes]:
+            stop = min(start + size, shard.size)
+            return pool.submit(read, shard.url, start, stop, version=shard.version)
+
+        size = self._block
+        return _Blocks(fetch, range(piece.offset, shard.size, size), ahead=self._read_ahead)
+
+    def _timed(self, blocks: _Blocks) -> Iterator[bytes]:
         while True:
-            while len(waiting) < self._read_ahead and (offset := next(offsets, None)) is not None:
-                stop = min(offset + self._storage.block_bytes, shard.size)
-                read = self._store.read_range
-                waiting.append(self._pool.submit(read, shard.url, offset, stop, version=shard.version))
-            if not waiting:
-                return
             began = time.perf_counter()
-            block = waiting.popleft().result()
+            block = next(blocks, None)
             self.fetch_seconds += time.perf_counter() - began
+            if block is None:
+                return
             yield block
 
     def _record(self, outcome: str, _: float, received: int) -> None:
         self._traffic.append((outcome, received))
 
 
-def _make_reader(manifest: Manifest, storage: StorageSection, read_ahead: int) -> ShardReader:
-    return ShardReader(manifest, storage, read_ahead=read_ahead)
+class _Blocks:
+    """The blocks at these offsets, in order, of which some are asked for ahead."""
+
+    def __init__(self, fetch: Callable[[int], Future[bytes]], offsets: range, *, ahead: int) -> None:
+        self._fetch, self._offsets, self._ahead = fetch, iter(offsets), ahead
+        self._waiting: deque[Future[bytes]] = deque()
+
+    def ask(self) -> None:
+        """Have as many blocks on their way as may be ahead."""
+        while len(self._waiting) < self._ahead and (offset := next(self._offsets, None)) is not None:
+            self._waiting.append(self._fetch(offset))
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        self.ask()
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft().result()
+
+
+def _make_reader(manifest: Manifest, storage: StorageSection, limits: dict[str, int]) -> ShardReader:
+    return ShardReader(manifest, storage, **limits)
 
 
 OpenPiece = Callable[[Piece], Iterator[TarSample | Damage]]
@@ -179,6 +243,11 @@ class LaneReader:
         sample = self._ready.popleft()
         self.cursor = sample.cursor
         return sample
+
+    @property
+    def next_piece(self) -> Piece | None:
+        """What a lane that was not read yet opens first; None where nothing is left."""
+        return next((begun for _, _, begun in self._begin_pieces(self.cursor)), None)
 
     def take_damages(self) -> list[Quarantined]:
         """Return the damages met since the last call; each is met once, with the window that spans it."""
@@ -227,16 +296,19 @@ class LaneReader:
         done[segment] = done.get(segment, 0) | 1 << (ordinal - base)
         return tuple(sorted(done.items()))
 
-    def _walk_from(self, cursor: Cursor) -> Iterator[tuple[int, TarSample | Damage]]:
-        """Yield what the lane owns, piece by piece: samples that are wanted, damages ahead of them."""
+    def _begin_pieces(self, cursor: Cursor) -> Iterator[tuple[int, Piece, Piece]]:
+        """Yield number, piece, and the piece from where the lane goes on, of all that hold more."""
         for segment in range(cursor.segment, len(self._pieces)):
-            piece = self._pieces[segment]
-            begun = piece
+            piece = begun = self._pieces[segment]
             if segment == cursor.segment:
                 begun = replace(piece, offset=cursor.offset, ordinal=cursor.ordinal)
+            if not piece.exhausted_at(begun.ordinal):
+                yield segment, piece, begun
+
+    def _walk_from(self, cursor: Cursor) -> Iterator[tuple[int, TarSample | Damage]]:
+        """Yield what the lane owns, piece by piece: samples that are wanted, damages ahead of them."""
+        for segment, piece, begun in self._begin_pieces(cursor):
             ordinal = begun.ordinal
-            if piece.exhausted_at(ordinal):
-                continue
             for item in self._open(begun):
                 if isinstance(item, TarSample):
                     if piece.wants(item.ordinal):
