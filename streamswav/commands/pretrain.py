@@ -36,7 +36,7 @@ from streamswav.training.distributed import Ranks, join_ranks, local_world_size
 from streamswav.training.feed import Feed, FeedSettings
 from streamswav.training.monitor import Monitor
 from streamswav.training.pace import make_pace
-from streamswav.training.saver import Restored, Saver, load_into
+from streamswav.training.saver import Restored, Saver, load_into, without_secrets
 from streamswav.training.trainer import Trainer
 
 _LEADER_FIRST_SECONDS = 2.0
@@ -170,7 +170,7 @@ def _train(run: Run, drain: Drain) -> dict[str, Any]:
         reporter.event("done", f"{config.run.directory}: this run is done ({feed.trained:,} images)")
     else:
         place = join(config.run.directory, "config.yaml")
-        ranks.lead(lambda: run.store.write(place, dump_config(config).encode()))
+        ranks.lead(lambda: run.store.write(place, dump_config(without_secrets(config)).encode()))
         drain.patient = True
         monitor.begin(images=feed.trained, loss_first=loss_first)
         trainer.train()

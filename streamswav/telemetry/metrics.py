@@ -58,8 +58,10 @@ class Metrics:
         self.checkpoints = self._counter("checkpoints", "Checkpoints by outcome", "outcome")
         self.samples = self._counter("samples", "Samples by outcome", "outcome")
         self.quarantined_bytes = self._counter("quarantined_bytes", "Bytes not trained, by reason", "reason")
-        self.s3_requests = self._counter("s3_requests", "Storage requests of finished batches (rank 0), every attempt", "outcome")
-        self.s3_received_bytes = self._counter("s3_received_bytes", "Bytes received for finished batches (rank 0)")
+        self.s3_requests = self._counter(
+            "s3_requests", "Requests behind rank 0's batches, every attempt", "outcome"
+        )
+        self.s3_received_bytes = self._counter("s3_received_bytes", "Bytes received for rank 0's batches")
         self.stage_seconds = self._counter("stage_seconds", "Time of the loader processes by stage", "stage")
         self.stream_shards = self._gauge("stream_shards", "Shards of the manifest", "state")
         self._begin()

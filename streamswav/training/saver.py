@@ -13,7 +13,7 @@ import torch
 from streamswav.config import Config, dump_config
 from streamswav.errors import CheckpointError
 from streamswav.stream.position import Position
-from streamswav.stream.store import Store, join
+from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, pack, read_checkpoint, unpack
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed
@@ -93,7 +93,7 @@ class Saver:
                 "ranks.pt": pack(by_rank),
                 "position.json": json.dumps(position.to_json()).encode(),
                 "run.json": json.dumps({"step": step, "loss_first": loss_first}).encode(),
-                "config.yaml": dump_config(self._config).encode(),
+                "config.yaml": dump_config(without_secrets(self._config)).encode(),
             }
             about = describe_model(self._config)
             saved = self._folder.save(files, step=step, images=position.trained, about=about)
@@ -166,6 +166,12 @@ def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int)
     learner.load_state_dict({**restored.shared, "queue": own})
     if ranks.world_size == len(restored.by_rank):
         torch.set_rng_state(restored.by_rank[ranks.rank]["random"])
+
+
+def without_secrets(config: Config) -> Config:
+    """Return the configuration as it may lie in the run's folder: signed URLs without their queries."""
+    urls = [redact(url) for url in config.stream.urls]
+    return config.model_copy(update={"stream": config.stream.model_copy(update={"urls": urls})})
 
 
 def describe_model(config: Config) -> dict[str, Any]:

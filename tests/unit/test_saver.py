@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from streamswav.config import CheckpointSection, Config, parse_config
+from streamswav.config import CheckpointSection, Config, dump_config, parse_config
 from streamswav.errors import CheckpointError
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
@@ -12,7 +12,14 @@ from streamswav.swav import FeatureQueue
 from streamswav.training.build import build_learner
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder
 from streamswav.training.distributed import Ranks
-from streamswav.training.saver import Restored, Saver, describe_model, load_into, refuse_other_model
+from streamswav.training.saver import (
+    Restored,
+    Saver,
+    describe_model,
+    load_into,
+    refuse_other_model,
+    without_secrets,
+)
 
 BATCH, DIM, CROPS = 8, 4, 2
 
@@ -101,3 +108,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(changed, key):
     refuse_other_model(checkpoint, describe_model(Config()))
     with pytest.raises(CheckpointError, match=key):
         refuse_other_model(checkpoint, describe_model(parse_config(changed)))
+
+
+def test_what_is_stored_has_no_query_of_a_signed_url():
+    url = "https://host/a.tar?X-Amz-Signature=planted"
+    stored = dump_config(without_secrets(parse_config({"stream": {"urls": [url]}})))
+    assert "https://host/a.tar" in stored
+    assert "planted" not in stored
