@@ -218,6 +218,9 @@ def _open_torchvision(name: str, split: str, root: Path) -> Any:
             raise NotFoundError(TORCHVISION + name, f"is not below {root} ({missing})") from None
     except (ValueError, TypeError) as error:
         raise ConfigError("SOURCE", f"cannot be opened ({error})", value=TORCHVISION + name) from None
+    except ImportError as error:
+        reason = f"needs a package that is not installed ({error}); install it with pip"
+        raise UnsupportedError(TORCHVISION + name, reason) from None
     try:
         return kind(**{**arguments, "download": True})
     except (RuntimeError, OSError) as error:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import struct
+import sys
 import tarfile
 import warnings
 from pathlib import Path
@@ -263,6 +264,14 @@ def test_an_unknown_torchvision_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no such data set"):
         open_source("torchvision:Nonsense", root=tmp_path)
     with pytest.raises(NotFoundError, match="is not below"):
+        open_source("torchvision:Cityscapes", root=tmp_path)
+
+
+def test_a_package_that_a_torchvision_set_needs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UnsupportedError, match="scipy"):
         open_source("torchvision:ImageNet", root=tmp_path)
 
 
