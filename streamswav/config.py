@@ -67,15 +67,28 @@ class StreamSection(Section):
 
     urls: Texts = Field([], description="shards: prefixes, globs, brace patterns, single tars, @list files")
     seed: NonNegativeInt = Field(0, description="seed of order, crops and weights")
-    passes: PositiveInt = Field(1, description="passes over the manifest, each in another order")
+    passes: PositiveInt | list[PositiveInt] = Field(
+        1, description="passes, each in another order; a list has one entry for each of stream.urls"
+    )
     samples: PositiveInt | None = Field(None, description="samples in one pass, where the producer knows")
     window: PositiveInt = Field(128, description="samples that are permuted together in a lane")
     columns: PositiveInt | None = Field(
         None, description="V, columns of the lane grid; divides training.batch"
     )
     rows: PositiveInt | None = Field(None, description="R, rows of the lane grid; a multiple of the workers")
+    memory: PositiveInt = Field(2 << 30, description="bytes of blocks and windows, a worker")
     skip_ratio: Ratio = Field(0.01, description="share of samples that may be quarantined")
     skip_probation: NonNegativeInt = Field(1000, description="samples before the share is looked at")
+    shard_ratio: Ratio = Field(0.001, description="share of bytes in shards that may be missing or changed")
+    exclude: Texts = Field([], description="files of keys that are not trained, one a line; local or s3://")
+    where: Texts = Field(
+        [], description="conditions to train a sample: json.width >= 256, or module:function"
+    )
+    follow: bool = Field(False, description="go on with shards that are added while the run goes on")
+    follow_seconds: Positive = Field(60.0, description="between two listings of a stream that is followed")
+    follow_idle_seconds: Positive | None = Field(
+        None, description="end a followed stream where nothing new came for so long; default: wait for ever"
+    )
 
 
 class StorageSection(Section):
@@ -98,7 +111,6 @@ class LoaderSection(Section):
     prefetch: PositiveInt = Field(2, description="batches ahead, a worker")
     read_ahead: PositiveInt = Field(2, description="blocks ahead, a shard")
     requests: PositiveInt = Field(8, description="ranged reads in flight, a worker")
-    memory: PositiveInt = Field(2 << 30, description="bytes of blocks, a worker; many lanes: smaller blocks")
 
 
 class CropsSection(Section):

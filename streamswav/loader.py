@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from streamswav.crops import Crops, MultiCrop, collate
 from streamswav.errors import DecodeError, StreamswavError
+from streamswav.stream.outcomes import PassedOver
 from streamswav.stream.plan import Cursor, Plan
-from streamswav.stream.samples import LaneReader, Quarantined, Sample, SampleId, ShardReader
+from streamswav.stream.reader import ShardReader
+from streamswav.stream.samples import LaneReader, Sample, SampleId
 
 PATIENCE_SECONDS = 1.0
 GRACE_SECONDS = 2.0
@@ -57,7 +59,7 @@ class Batch:
     keys: tuple[str, ...]
     cursors: Mapping[int, Cursor]
     sample_bytes: int
-    quarantined: tuple[Quarantined, ...]
+    quarantined: tuple[PassedOver, ...]
     seconds: Mapping[str, float]
     traffic: tuple[tuple[str, int], ...]
 
@@ -71,7 +73,7 @@ class Exhausted:
     """A lane could not fill its share of batch `number`: this generation is over."""
 
     number: int
-    quarantined: tuple[Quarantined, ...]
+    quarantined: tuple[PassedOver, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class LaneBatches(IterableDataset[Item]):
         began, fetched, decoding = time.perf_counter(), self.reader.fetch_seconds, 0.0
         taken: list[Sample] = []
         crops: list[Crops] = []
-        passed: list[Quarantined] = []
+        passed: list[PassedOver] = []
         lanes = [self.plan.grid.lane(number % self.plan.grid.rows, column) for column in self.columns]
         self._open_lanes(lanes)
         for lane in lanes:
@@ -180,9 +182,9 @@ class LaneBatches(IterableDataset[Item]):
         return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
 
 
-def _quarantine(sample: Sample, reason: str) -> Quarantined:
+def _quarantine(sample: Sample, reason: str) -> PassedOver:
     identity = sample.id
-    return Quarantined(
+    return PassedOver(
         identity.shard, identity.turn, reason, sample.start, sample.stop, sample.key, identity.ordinal
     )
 

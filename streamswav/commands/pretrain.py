@@ -25,7 +25,7 @@ from streamswav.models import build_trunk
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
-from streamswav.stream.samples import ShardReader
+from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.exporter import serve_metrics
 from streamswav.telemetry.metrics import Metrics
@@ -207,7 +207,7 @@ def _build_trainer(
             config.storage,
             read_ahead=config.loader.read_ahead,
             requests=config.loader.requests,
-            memory=config.loader.memory,
+            memory=config.stream.memory,
         ),
         crop=MultiCrop(config.crops, seed=config.stream.seed),
         ranks=ranks,

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 from streamswav.config import StorageSection, StreamSection
 from streamswav.stream.manifest import Manifest, list_manifest
+from streamswav.stream.outcomes import PassedOver
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
-from streamswav.stream.samples import LaneReader, Quarantined, Sample, ShardReader
+from streamswav.stream.reader import ShardReader
+from streamswav.stream.samples import LaneReader, Sample
 from streamswav.stream.store import Store
 
 _DEFAULT_STREAM = StreamSection()
@@ -28,7 +30,7 @@ class Stream:
 
     def __init__(self, manifest: Manifest, position: Position, reader: ShardReader, *, passes: int) -> None:
         self.manifest, self.position, self._reader, self._passes = manifest, position, reader, passes
-        self.damages: list[Quarantined] = []
+        self.damages: list[PassedOver] = []
 
     def __iter__(self) -> Iterator[Sample]:
         while not self.position.finished:

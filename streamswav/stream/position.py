@@ -9,8 +9,8 @@ from typing import Any
 
 from streamswav.errors import PositionError
 from streamswav.stream.manifest import Manifest
+from streamswav.stream.outcomes import PassedOver
 from streamswav.stream.plan import ORDER_VERSION, Cursor, Grid, Piece, Plan, first_deal
-from streamswav.stream.samples import Quarantined
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Position:
     trained: int = 0
     trained_bytes: int = 0
     quarantined: Mapping[str, int] = field(default_factory=dict)
-    damages: tuple[Quarantined, ...] = ()
+    damages: tuple[PassedOver, ...] = ()
     finished: bool = False
 
     def plan(self, manifest: Manifest) -> Plan:
@@ -77,7 +77,7 @@ class Position:
             trained_bytes=self.trained_bytes + sample_bytes,
         )
 
-    def unknown(self, found: Sequence[Quarantined]) -> list[Quarantined]:
+    def unknown(self, found: Sequence[PassedOver]) -> list[PassedOver]:
         """Return what is new of this; damages may be met by several readers, and again after a restart."""
         damages = {_place(each) for each in self.damages} if found else set()
         fresh = []
@@ -89,7 +89,7 @@ class Position:
             fresh.append(each)
         return fresh
 
-    def record(self, fresh: Sequence[Quarantined]) -> Position:
+    def record(self, fresh: Sequence[PassedOver]) -> Position:
         """Return the position with what was quarantined, all of it new."""
         if not fresh:
             return self
@@ -132,11 +132,11 @@ class Position:
             cursors={int(lane): Cursor.from_json(each) for lane, each in values["cursors"].items()},
             carried=tuple(Piece.from_json(each) for each in values["carried"]),
             lanes=lanes and tuple(tuple(Piece.from_json(each) for each in lane) for lane in lanes),
-            damages=tuple(Quarantined(**each) for each in values["damages"]),
+            damages=tuple(PassedOver(**each) for each in values["damages"]),
         )
 
 
-def _place(damage: Quarantined) -> tuple[int, int, int]:
+def _place(damage: PassedOver) -> tuple[int, int, int]:
     return damage.turn, damage.shard, damage.start
 
 

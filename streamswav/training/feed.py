@@ -13,6 +13,7 @@ from streamswav.crops import MultiCrop
 from streamswav.errors import BudgetSpentError, ManifestError
 from streamswav.loader import Batch, Exhausted, Failed, Item, LaneBatches, open_loader
 from streamswav.stream.manifest import Manifest
+from streamswav.stream.outcomes import PassedOver
 from streamswav.stream.plan import (
     Cursor,
     Piece,
@@ -26,7 +27,8 @@ from streamswav.stream.plan import (
     without,
 )
 from streamswav.stream.position import Position
-from streamswav.stream.samples import Quarantined, ShardReader, name_samples
+from streamswav.stream.reader import ShardReader
+from streamswav.stream.samples import name_samples
 from streamswav.training.distributed import Ranks
 
 
@@ -73,7 +75,7 @@ class Feed:
         drain: Callable[[], bool] = lambda: False,
         wants_save: Callable[[], bool] = lambda: False,
         wants_log: Callable[[], bool] = lambda: False,
-        on_quarantined: Callable[[Quarantined], None] = lambda _: None,
+        on_quarantined: Callable[[PassedOver], None] = lambda _: None,
     ) -> None:
         check_grid(position.grid, world_size=ranks.world_size, workers=settings.workers)
         self.manifest, self.position = manifest, position
@@ -86,7 +88,7 @@ class Feed:
         self._batches = 0
         self.drained = False
         self.save_agreed = self.log_agreed = False
-        self.unwritten: list[Quarantined] = []
+        self.unwritten: list[PassedOver] = []
 
     @property
     def trained(self) -> int:
@@ -129,7 +131,7 @@ class Feed:
         self._cursors, self._batches, self._sample_bytes = {}, 0, 0
         return self.position
 
-    def _generation(self, plan: Plan) -> Generator[Batch, None, tuple[Quarantined, ...]]:
+    def _generation(self, plan: Plan) -> Generator[Batch, None, tuple[PassedOver, ...]]:
         """Yield the batches of one plan, with bytes and quarantined samples of all ranks.
 
         Returns:
@@ -156,7 +158,7 @@ class Feed:
                 yield batch
         raise AssertionError("a lane's end is always announced")
 
-    def _agree(self, item: Item | None) -> tuple[Batch | None, tuple[Quarantined, ...]]:
+    def _agree(self, item: Item | None) -> tuple[Batch | None, tuple[PassedOver, ...]]:
         """Find out whether all ranks hold a batch and none wants to stop.
 
         Args:
@@ -197,7 +199,7 @@ class Feed:
         assert isinstance(item, Batch)
         return replace(item, quarantined=bad, sample_bytes=sample_bytes), ()
 
-    def _check_budget(self, found: Sequence[Quarantined]) -> None:
+    def _check_budget(self, found: Sequence[PassedOver]) -> None:
         skipped = self.skipped + len(found)
         seen = self.trained + skipped
         if seen < self._settings.skip_probation or skipped <= self._settings.skip_ratio * seen:
@@ -209,12 +211,12 @@ class Feed:
             f"{self._settings.skip_ratio} allows; the latest: {shown}"
         )
 
-    def describe(self, quarantined: Quarantined) -> str:
+    def describe(self, quarantined: PassedOver) -> str:
         """Name a quarantined stretch for people: shard, bytes, key, reason."""
         shard, key = self.shard_key(quarantined), f" {quarantined.key}" if quarantined.key else ""
         return f"{shard}[{quarantined.start}:{quarantined.stop}]{key}: {quarantined.reason}"
 
-    def shard_key(self, quarantined: Quarantined) -> str:
+    def shard_key(self, quarantined: PassedOver) -> str:
         """Name its shard."""
         return self.manifest.shards[quarantined.shard].key
 
@@ -226,7 +228,7 @@ class Feed:
         columns = self._columns()
         return {lane: each for lane, each in cursors.items() if lane % self.position.grid.columns in columns}
 
-    def _deal_again(self, plan: Plan, gone: Sequence[Quarantined]) -> None:
+    def _deal_again(self, plan: Plan, gone: Sequence[PassedOver]) -> None:
         """Deal what is left of the pass into a new generation, or end the pass."""
         progressed = self._batches > 0 or self.position.batches > 0
         self.synchronise()
@@ -262,7 +264,7 @@ class Feed:
         self._record(damages)
         return named
 
-    def _record(self, found: Sequence[Quarantined]) -> None:
+    def _record(self, found: Sequence[PassedOver]) -> None:
         """Keep account of what was quarantined; a damage that is met again counts once."""
         fresh = self.position.unknown(found)
         self.position = self.position.record(fresh)

@@ -12,7 +12,7 @@ import torch
 from streamswav.errors import NonFiniteError, StreamswavError
 from streamswav.loader import Batch
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.samples import Quarantined
+from streamswav.stream.outcomes import PassedOver
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Progress, Reporter
 from streamswav.training.checkpoint import Checkpoint
@@ -113,7 +113,7 @@ class Monitor:
             metrics.s3_received_bytes.inc(received)
         self._stepped, self._trained = now, images
 
-    def quarantined(self, each: Quarantined) -> None:
+    def quarantined(self, each: PassedOver) -> None:
         """Record bytes that are not trained."""
         self.metrics.samples.labels("quarantined").inc(each.ordinal is not None)
         self.metrics.quarantined_bytes.labels(each.reason).inc(each.stop - each.start)

@@ -17,7 +17,8 @@ from streamswav.errors import DataError, DecodeError, NonFiniteError, Streamswav
 from streamswav.loader import Failed, open_loader
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.plan import Grid, Piece, Plan, deal, split_pieces
-from streamswav.stream.samples import LaneReader, Sample, ShardReader
+from streamswav.stream.reader import ShardReader
+from streamswav.stream.samples import LaneReader, Sample
 from streamswav.stream.store import Store
 
 _WINDOW = 16

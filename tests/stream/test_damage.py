@@ -17,7 +17,7 @@ from streamswav.errors import EXIT_CONFIG, EXIT_DONE, ManifestError
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
-from streamswav.stream.samples import ShardReader
+from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import Store
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, FeedSettings

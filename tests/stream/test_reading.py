@@ -9,7 +9,8 @@ from streamswav.crops import MultiCrop
 from streamswav.loader import LaneBatches
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.plan import Grid, first_deal
-from streamswav.stream.samples import LaneReader, ShardReader
+from streamswav.stream.reader import ShardReader
+from streamswav.stream.samples import LaneReader
 from streamswav.stream.store import Store
 
 MiB = 1 << 20
