@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from streamswav.stream.outcomes import PassedOver
 from streamswav.stream.plan import Cursor, Piece, Plan
-from streamswav.stream.tar import Damage, TarSample
+from streamswav.stream.tar import Damage, TarSample, label_of
 
 NAMED_SAMPLES = 64
 
@@ -49,14 +49,7 @@ class Sample:
     @property
     def label(self) -> int | str | None:
         """Content of the `.cls` member, a number where it is one, or None."""
-        text = self.members.get("cls")
-        if text is None:
-            return None
-        stripped = text.decode("utf-8", "replace").strip()
-        try:
-            return int(stripped)
-        except ValueError:
-            return stripped
+        return label_of(self.members)
 
 
 OpenPiece = Callable[[Piece], Iterator[TarSample | Damage]]

@@ -10,7 +10,7 @@ the WebDataset convention: the path up to the first dot of the file name is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from streamswav.errors import DamageError
@@ -51,6 +51,18 @@ class TarSample:
             if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
                 return data
         return None
+
+
+def label_of(members: Mapping[str, bytes]) -> int | str | None:
+    """Content of the `.cls` member, a number where it is one, or None."""
+    text = members.get("cls")
+    if text is None:
+        return None
+    stripped = text.decode("utf-8", "replace").strip()
+    try:
+        return int(stripped)
+    except ValueError:
+        return stripped
 
 
 @dataclass(frozen=True, slots=True)
