@@ -35,7 +35,9 @@ class TarSample:
         ordinal: number of samples before it in the archive.
         start: first byte that belongs to it (members that are no sample's count with the next one).
         stop: first byte that no longer does.
-        members: bytes by lower-case extension, in the order of the archive.
+        members: bytes by lower-case extension, in the order of the archive; empty in what was parsed only
+            for its place.
+        reason: why it was passed over (`too_large`); empty for what was read.
     """
 
     key: str
@@ -43,6 +45,7 @@ class TarSample:
     start: int
     stop: int
     members: dict[str, bytes]
+    reason: str = ""
 
     @property
     def image(self) -> bytes | None:
@@ -75,98 +78,179 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
-    """One member, up to the byte `stop`; `name` is empty for what is not a regular file."""
+class _Header:
+    """What precedes a member's bytes; `name` is empty for what is not a regular file."""
 
     name: str
-    stop: int
-    data: bytes
+    start: int
+    length: int
+
+    @property
+    def padding(self) -> int:
+        """Zeros that follow its bytes."""
+        return -self.length % _BLOCK
 
 
 def read_samples(
-    blocks: Iterable[bytes], *, size: int | None = None, start: int = 0, ordinal: int = 0
+    blocks: Iterable[bytes],
+    *,
+    size: int | None = None,
+    start: int = 0,
+    ordinal: int = 0,
+    limit: int | None = None,
 ) -> Iterator[TarSample | Damage]:
     """Parse an archive, or the rest of one, as its bytes arrive.
+
+    Between two samples nothing is held but the block that is being parsed.
 
     Args:
         blocks: consecutive bytes of the archive, cut anywhere, from offset `start` on.
         size: length of the whole archive where it is known.
         start: offset of the first byte: 0, or the `start` of a sample.
         ordinal: ordinal of the sample at `start`.
+        limit: most bytes of a sample's members; a larger one is passed over, with the reason `too_large`.
 
     Yields:
         Samples with growing ordinals, and damages, in the order of their bytes.
     """
-    group: dict[str, bytes] = {}
-    key, begin, end = "", start, start
-    for item in _read_members(_Feed(blocks, start), size):
-        name, extension = ("", "") if isinstance(item, Damage) else _split_name(item.name)
-        # A repeated extension begins a new sample of the same key: both images are there to be trained.
-        if group and (isinstance(item, Damage) or (name and (name != key or extension in group))):
-            yield TarSample(key, ordinal, begin, end, group)
-            ordinal, begin, group = ordinal + 1, end, {}
-        if isinstance(item, Damage):
-            yield Damage(item.reason, begin, item.stop)
-            begin = end = item.stop
-        elif name:
-            key, end = name, item.stop
-            group[extension] = item.data
-    if group:
-        yield TarSample(key, ordinal, begin, end, group)
+    feed, group = _Feed(blocks, start), _Group(start, ordinal, limit)
+    while True:
+        try:
+            header = _read_header(feed, size)
+            if header is None:
+                break
+            key, extension = _split_name(header.name)
+            # The member's bytes stay where they are until the sample before it is out of the way.
+            if key and group.ends_before(key, extension):
+                yield group.close()
+            group.read(feed, header, key, extension)
+        except DamageError as damage:
+            if group.members:
+                yield group.close()
+            more = _resynchronise(feed, damage.reason)
+            yield group.pass_over(damage.reason, feed.offset)
+            if not more:
+                return
+    # What is no sample's at the very end counts with the last one.
+    if group.members:
+        yield group.close(group.seen)
+    elif group.seen > group.start:
+        yield group.pass_over("no_sample", group.seen)
+
+
+class _Group:
+    """The sample that is being gathered.
+
+    Attributes:
+        start: first byte that is not accounted for.
+        seen: the byte after the last member, be it a sample's or not.
+        members: bytes by extension; without their bytes once the sample is too large.
+    """
+
+    def __init__(self, start: int, ordinal: int, limit: int | None) -> None:
+        self.start = self.seen = self._stop = start
+        self.members: dict[str, bytes] = {}
+        self._ordinal, self._limit = ordinal, limit
+        self._key, self._size, self._reason = "", 0, ""
+
+    def ends_before(self, key: str, extension: str) -> bool:
+        """Tell whether a member begins another sample: one of the same key where the extension repeats."""
+        return bool(self.members) and (key != self._key or extension in self.members)
+
+    def read(self, feed: _Feed, header: _Header, key: str, extension: str) -> None:
+        """Read a member's bytes, or pass over them: those of no sample's, and of one that is too large.
+
+        Raises:
+            DamageError: the archive ends within them.
+        """
+        size = self._size + header.length
+        if key and self._limit is not None and size > self._limit:
+            self._reason, self.members = "too_large", dict.fromkeys(self.members, b"")
+        if key and not self._reason:
+            data = feed.take(header.length)
+            whole = len(data) == header.length
+        else:
+            data = b""
+            whole = feed.skip(header.length) == header.length
+        if not whole:
+            raise DamageError("truncated", header.start, feed.offset)
+        feed.skip(header.padding)
+        self.seen = feed.offset
+        if key:
+            self._key, self._size, self._stop = key, size, feed.offset
+            self.members[extension] = data
+
+    def close(self, stop: int | None = None) -> TarSample:
+        """Return the sample, which ends at `stop`, else after its last member; the next one begins there."""
+        stop = self._stop if stop is None else stop
+        members = {} if self._reason else self.members
+        sample = TarSample(self._key, self._ordinal, self.start, stop, members, self._reason)
+        self._ordinal += 1
+        self._begin(stop)
+        return sample
+
+    def pass_over(self, reason: str, stop: int) -> Damage:
+        """Return the damage from the last sample to `stop`; the next one begins there."""
+        damage = Damage(reason, self.start, stop)
+        self._begin(stop)
+        return damage
+
+    def _begin(self, start: int) -> None:
+        self.start, self.members = start, {}
+        self.seen = max(self.seen, start)
+        self._size, self._reason = 0, ""
 
 
 class _Feed:
-    """Bytes by exact amounts from blocks of any length."""
+    """Bytes by exact amounts from blocks of any length, of which it holds one at a time."""
 
     def __init__(self, blocks: Iterable[bytes], start: int) -> None:
         self._blocks = iter(blocks)
-        self._buffer = b""
+        self._block = b""
         self._at = 0
         self.offset = start
 
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes, fewer only at the end."""
         stop = self._at + count
-        if stop > len(self._buffer):
-            self._fill(count)
-            stop = self._at + count
-        data = self._buffer[self._at : stop]
-        self._at += len(data)
+        if stop <= len(self._block):
+            data = self._block[self._at : stop]
+            self._at = stop
+        else:
+            data = b"".join(self._parts(count))
         self.offset += len(data)
         return data
 
-    def back(self, count: int) -> None:
-        """Give back the end of what was taken last."""
-        self._at -= count
-        self.offset -= count
-
-    def _fill(self, count: int) -> None:
-        parts = [self._buffer[self._at :]]
-        have = len(parts[0])
-        while have < count and (block := next(self._blocks, None)) is not None:
-            parts.append(block)
-            have += len(block)
-        self._buffer, self._at = b"".join(parts), 0
-
-
-def _read_members(feed: _Feed, size: int | None) -> Iterator[_Member | Damage]:
-    """Yield members and damages until the end of the archive."""
-    while True:
-        try:
-            member = _read_member(feed, size)
-        except DamageError as damage:
-            more = _resynchronise(feed, damage.reason)
-            yield Damage(damage.reason, damage.start, feed.offset)
-            if not more:
-                return
+    def skip(self, count: int) -> int:
+        """Pass over the next `count` bytes, and return how many there were."""
+        stop = self._at + count
+        if stop <= len(self._block):
+            self._at, passed = stop, count
         else:
-            if member is None:
-                return
-            yield member
+            passed = sum(map(len, self._parts(count)))
+        self.offset += passed
+        return passed
+
+    def back(self, data: bytes) -> None:
+        """Give back what was taken last."""
+        self._block, self._at = data + self._block[self._at :], 0
+        self.offset -= len(data)
+
+    def _parts(self, count: int) -> Iterator[memoryview]:
+        while count:
+            if self._at == len(self._block):
+                block = next(self._blocks, None)
+                if block is None:
+                    return
+                self._block, self._at = block, 0
+            part = memoryview(self._block)[self._at : self._at + count]
+            self._at += len(part)
+            count -= len(part)
+            yield part
 
 
-def _read_member(feed: _Feed, size: int | None) -> _Member | None:
-    """Read one member with its extension headers; None at the end of the archive.
+def _read_header(feed: _Feed, size: int | None) -> _Header | None:
+    """Read a member's header with its extension headers; None at the end of the archive.
 
     Raises:
         DamageError: a bad header, a cut, or no end-of-archive blocks.
@@ -188,25 +272,20 @@ def _read_member(feed: _Feed, size: int | None) -> _Member | None:
             else:
                 long_name, long_size = _parse_pax(extension, long_name)
             continue
-        data = _read_data(feed, start, length, size)
+        if size is not None and feed.offset + length > size:
+            raise DamageError("truncated", start, size)
         name = long_name if long_name is not None else _name(header)
-        return _Member(name if kind in _REGULAR else "", feed.offset, data)
-
-
-def _read_data(feed: _Feed, start: int, length: int, size: int | None) -> bytes:
-    padded = -(-length // _BLOCK) * _BLOCK
-    if size is not None and feed.offset + length > size:
-        raise DamageError("truncated", start, size)
-    data = feed.take(padded)
-    if len(data) < length:
-        raise DamageError("truncated", start, feed.offset)
-    return data if len(data) == length else data[:length]
+        return _Header(name if kind in _REGULAR else "", start, length)
 
 
 def _read_extension(feed: _Feed, start: int, length: int) -> bytes:
     if length > _EXTENSION_LIMIT:
         raise DamageError("bad_header", start, feed.offset)
-    return _read_data(feed, start, length, None)
+    data = feed.take(length)
+    if len(data) < length:
+        raise DamageError("truncated", start, feed.offset)
+    feed.skip(-length % _BLOCK)
+    return data
 
 
 def _check_header(header: bytes, start: int, stop: int) -> None:
@@ -232,10 +311,11 @@ def _number(field: bytes, stop: int) -> int:
     """An octal number, or GNU's base-256 form for 8 GiB and more."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise DamageError("bad_header", stop - _BLOCK, stop) from None
+    digits = field.strip(b" \0")
+    # Python would also take a sign and underscores.
+    if digits.strip(b"01234567"):
+        raise DamageError("bad_header", stop - _BLOCK, stop)
+    return int(digits or b"0", 8)
 
 
 def _name(header: bytes) -> str:
@@ -268,7 +348,7 @@ def _check_end(feed: _Feed, start: int) -> None:
     """Zero blocks end an archive only if nothing but zeros follows."""
     while block := feed.take(_BLOCK):
         if block != _ZEROS[: len(block)]:
-            feed.back(len(block))
+            feed.back(block)
             raise DamageError("zero_blocks", start, feed.offset)
 
 
@@ -277,7 +357,7 @@ def _resynchronise(feed: _Feed, reason: str) -> bool:
     hopeless = reason in ("truncated", "compressed")
     while len(block := feed.take(_BLOCK)) == _BLOCK:
         if not hopeless and block[257:262] == b"ustar" and _valid_checksum(block):
-            feed.back(_BLOCK)
+            feed.back(block)
             return True
     return False
 
