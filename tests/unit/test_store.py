@@ -31,8 +31,9 @@ from streamswav.errors import (
     UnsupportedError,
 )
 from streamswav.stream.store import Store, is_pattern, join, redact, retry
-from streamswav.stream.store.retry import TransientError
-from streamswav.stream.store.transfer import refusal
+from streamswav.stream.store.retry import IdentityError, Retrier, TransientError
+from streamswav.stream.store.throttle import Throttle
+from streamswav.stream.store.transfer import Transfer, refusal
 
 DATA = bytes(range(256)) * 1000
 
@@ -414,6 +415,89 @@ def test_nothing_is_left_open_at_exit(served: str) -> None:
     assert run(code) == (0, "")
 
 
+# --- how long is tried
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that pass only by sleeping, or as the test says."""
+    now = [0.0]
+
+    class Time:
+        monotonic = staticmethod(lambda: now[0])
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+    monkeypatch.setattr(retry, "time", Time)
+    return now
+
+
+def retrier(**options: Callable[[], None]) -> Retrier:
+    return Retrier(10.0, lambda *_: None, throttle=Throttle(4), **options)
+
+
+def test_a_slow_body_is_no_failure_as_long_as_bytes_come(clock: list[float]) -> None:
+    body = bytearray()
+
+    def attempt(left: float) -> int:
+        clock[0] += left
+        body.extend(b"some")
+        if len(body) < 40:
+            raise TransientError("timeout", "timed out")
+        return len(body)
+
+    got = retrier().call(attempt, url="s3://bucket/a", operation="read", received=lambda: len(body))
+    assert got == 40
+    assert clock[0] > 90
+
+
+def test_the_last_failure_told_is_not_the_one_that_the_deadline_cut_short(clock: list[float]) -> None:
+    def attempt(left: float) -> None:
+        clock[0] += 1.0
+        if left < 1.0:
+            raise TransientError("timeout", "timed out")
+        raise TransientError("throttled", "503 SlowDown")
+
+    with pytest.raises(
+        UnavailableError, match=r"info failed \d+ times in 1\d s; the last time: 503 SlowDown"
+    ):
+        retrier().call(attempt, url="s3://bucket/a", operation="info")
+
+
+def test_expired_credentials_are_renewed_for_an_operation_that_never_ran(clock: list[float]) -> None:
+    """Old checkpoints are deleted hours after the start; of permissions, a first refusal stays final."""
+    answers: list[StorageError] = [
+        IdentityError("s3://bucket/a", "the credentials have expired (ExpiredToken)"),
+        DeniedError("s3://bucket/a", "this identity has no permission (AccessDenied)"),
+    ]
+    renewed: list[int] = []
+    tried = retrier(on_denied=lambda: renewed.append(1))
+
+    def attempt(_: float) -> None:
+        raise answers.pop(0)
+
+    with pytest.raises(IdentityError):
+        tried.call(attempt, url="s3://bucket/a", operation="delete")
+    tried.call(lambda _: None, url="s3://bucket/a", operation="read")
+    answers.insert(0, IdentityError("s3://bucket/a", "the credentials have expired (ExpiredToken)"))
+    with pytest.raises(DeniedError, match="no permission"):
+        tried.call(attempt, url="s3://bucket/a", operation="delete")
+    assert renewed == [1]
+
+
+def test_an_attempt_that_was_given_up_adds_nothing_to_the_next() -> None:
+    transfer = Transfer("s3://bucket/a", 0, 10, None)
+    first = transfer.begin()
+    transfer.take(b"01", first)
+    second = transfer.begin()
+    with pytest.raises(TransientError):
+        transfer.take(b"23", first)
+    transfer.take(b"23", second)
+    assert (bytes(transfer.body), transfer.range) == (b"0123", "bytes=4-9")
+
+
 # --- what refusals mean
 
 
@@ -423,9 +507,10 @@ def test_nothing_is_left_open_at_exit(served: str) -> None:
         (404, "NoSuchBucket", NotFoundError),
         (404, "404", NotFoundError),
         (403, "AccessDenied", DeniedError),
-        (403, "SignatureDoesNotMatch", DeniedError),
-        (400, "ExpiredToken", DeniedError),
-        (400, "400", DeniedError),
+        (403, "InvalidObjectState", DeniedError),
+        (403, "SignatureDoesNotMatch", IdentityError),
+        (400, "ExpiredToken", IdentityError),
+        (400, "400", IdentityError),
         (301, "PermanentRedirect", UnsupportedError),
         (400, "AuthorizationHeaderMalformed", UnsupportedError),
         (501, "NotImplemented", UnsupportedError),

@@ -28,8 +28,9 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 
 from streamswav.config import StorageSection
-from streamswav.errors import ConfigError, DeniedError, UnsupportedError
-from streamswav.stream.store.retry import OnRequest, Retrier, TransientError
+from streamswav.errors import ConfigError, UnsupportedError
+from streamswav.stream.store.retry import IdentityError, OnRequest, Retrier, TransientError
+from streamswav.stream.store.throttle import shared_throttle
 from streamswav.stream.store.transfer import Transfer, refusal
 from streamswav.stream.store.urls import ObjectInfo, redact
 
@@ -48,7 +49,12 @@ class Remote:
             raise ConfigError("storage.ca_bundle", "there is no such file", value=section.ca_bundle)
         self._section = section
         self._loop = fsspec.asyn.get_loop()
-        self._retrier = Retrier(section.deadline_seconds, on_request)
+        self._retrier = Retrier(
+            section.deadline_seconds,
+            on_request,
+            throttle=shared_throttle(f"{type(self).__name__} {section.endpoint_url}", CONNECTIONS),
+            on_denied=self._on_denied,
+        )
 
     def info(self, url: str) -> ObjectInfo:
         """Return size and version."""
@@ -63,14 +69,17 @@ class Remote:
     async def _resume(self, transfer: Transfer) -> None:
         """A connection may break after its last byte: then nothing is left to ask for."""
         if transfer.missing:
-            await self._get(transfer)
+            await self._get(transfer, transfer.begin())
             transfer.finish()
 
     async def _head(self, url: str) -> ObjectInfo:
         raise NotImplementedError
 
-    async def _get(self, transfer: Transfer) -> None:
+    async def _get(self, transfer: Transfer, attempt: int) -> None:
         raise NotImplementedError
+
+    def _on_denied(self) -> None:
+        """Hear that what had worked was refused. Called in any thread."""
 
     def _call(
         self,
@@ -109,9 +118,9 @@ def _unanswered(url: str, error: Exception) -> Exception:
     match error:
         case NoCredentialsError() | PartialCredentialsError() | ProfileNotFound():
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage.anonymous"
-            return DeniedError(url, f"no credentials were found ({hint})")
+            return IdentityError(url, f"no credentials were found ({hint})")
         case SSOError() | TokenRetrievalError():
-            return DeniedError(url, "the single sign-on has expired (aws sso login)")
+            return IdentityError(url, "the single sign-on has expired (aws sso login)")
         case ParamValidationError() | aiohttp.InvalidURL():
             return UnsupportedError(url, "this is not a valid name")
         case ReadTimeoutError() | ConnectTimeoutError() | TimeoutError():

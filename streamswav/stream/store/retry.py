@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from streamswav.errors import DeniedError, NotFoundError, UnavailableError
+from streamswav.stream.store.throttle import Throttle
 from streamswav.stream.store.urls import redact
 
 BASE_SECONDS = 0.1
@@ -29,17 +30,37 @@ class TransientError(Exception):
         self.outcome, self.reason = outcome, reason
 
 
+class IdentityError(DeniedError):
+    """The credentials themselves were refused, rather than what they may do."""
+
+
 def backoff(attempt: int) -> float:
     """Return the pause in seconds after the n-th failure: uniform below 0.1 x 2^n, at most 20."""
     return random.uniform(0, min(CAP_SECONDS, BASE_SECONDS * 2**attempt))  # noqa: S311 - not a secret
 
 
 class Retrier:
-    """Calls attempts until one succeeds, one fails for good, or the deadline has passed."""
+    """Calls attempts until one succeeds, one fails for good, or the deadline has passed.
 
-    def __init__(self, deadline_seconds: float, on_request: OnRequest) -> None:
+    Args:
+        deadline_seconds: how long a call goes on without a byte.
+        on_request: told the outcome, seconds and bytes of every attempt.
+        throttle: gives every attempt its turn.
+        on_denied: called before a denial is tried again, to have credentials read anew.
+    """
+
+    def __init__(
+        self,
+        deadline_seconds: float,
+        on_request: OnRequest,
+        *,
+        throttle: Throttle,
+        on_denied: Callable[[], None] = lambda: None,
+    ) -> None:
         self._deadline = deadline_seconds
         self._on_request = on_request
+        self._throttle = throttle
+        self._on_denied = on_denied
         self._worked: set[tuple[str, str]] = set()
 
     def call(
@@ -52,40 +73,40 @@ class Retrier:
     ) -> Result:
         """Return what `attempt(seconds_left)` returns.
 
-        A refusal is final where the same operation never worked on this server and bucket. Once it has,
-        it is treated as transient: credentials expire and are renewed, policies are reloaded.
+        A refusal is final where the same operation never worked on this server and bucket (of credentials:
+        where nothing ever did). Once it has, it is treated as transient: credentials expire and are renewed,
+        policies are reloaded. The deadline counts from the last byte received.
 
         Raises:
             UnavailableError: the deadline passed; it says how often was tried and what failed last.
             StorageError: whatever else `attempt` raised.
         """
         place = ("/".join(url.split("/", 4)[: 4 if url.startswith("s3:") else 3]), operation)
-        started, failures, warned = time.monotonic(), 0, False
+        trouble = _Trouble(redact(url), operation, self._deadline)
         while True:
-            left = self._deadline - (time.monotonic() - started)
+            before = received()
+            began = self._throttle.enter(trouble.left)
+            if began is None:
+                raise trouble.ended()
             try:
-                result = self._observed(attempt, left, received)
+                result = self._observed(attempt, began, trouble.left, received)
             except DeniedError as error:
-                if place not in self._worked:
+                if not self._may_pass(error, place):
                     raise
-                failure = TransientError("error", f"refused after it had worked: {error.reason}")
+                self._on_denied()
+                trouble.add(TransientError("error", f"refused after it had worked: {error.reason}"))
             except TransientError as error:
-                failure = error
+                trouble.add(error)
             else:
                 self._worked.add(place)
                 return result
-            failures += 1
-            elapsed = time.monotonic() - started
-            if elapsed >= self._deadline:
-                tried = f"{operation} failed {failures} times in {elapsed:.0f} s"
-                raise UnavailableError(redact(url), f"{tried}; the last time: {failure.reason}")
-            if not warned and elapsed > QUIET_SECONDS:
-                warned = True
-                logger.warning("%s: %s; trying for up to %.0f s", redact(url), failure.reason, self._deadline)
-            time.sleep(min(backoff(failures), self._deadline - elapsed))
+            trouble.pause(moved=received() > before)
+
+    def _may_pass(self, error: DeniedError, place: tuple[str, str]) -> bool:
+        return place in self._worked or (isinstance(error, IdentityError) and bool(self._worked))
 
     def _observed(
-        self, attempt: Callable[[float], Result], left: float, received: Callable[[], int]
+        self, attempt: Callable[[float], Result], began: float, left: float, received: Callable[[], int]
     ) -> Result:
         outcome, before, started = "error", received(), time.monotonic()
         try:
@@ -98,5 +119,53 @@ class Retrier:
             outcome = error.outcome
             raise
         finally:
+            self._throttle.leave(began, outcome)
             self._on_request(outcome, time.monotonic() - started, received() - before)
         return result
+
+
+class _Trouble:
+    """How a call went until now."""
+
+    def __init__(self, url: str, operation: str, deadline: float) -> None:
+        self._url, self._operation, self._deadline = url, operation, deadline
+        self._started = self._moved = time.monotonic()
+        self._failures, self._warned, self._reason = 0, False, ""
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self._deadline - (time.monotonic() - self._moved)
+
+    def add(self, failure: TransientError) -> None:
+        """Note a failure."""
+        self._failures += 1
+        # The deadline cuts the last attempt short: what failed before it says more.
+        if not self._reason or failure.outcome != "timeout" or self.left > 0:
+            self._reason = failure.reason
+
+    def pause(self, *, moved: bool) -> None:
+        """Wait before the next attempt; `moved` tells that the last one brought bytes.
+
+        Raises:
+            UnavailableError: the deadline has passed.
+        """
+        if moved:
+            self._moved = time.monotonic()
+        left, elapsed = self.left, time.monotonic() - self._started
+        if left <= 0:
+            raise self.ended()
+        if not self._warned and elapsed > QUIET_SECONDS:
+            self._warned = True
+            logger.warning("%s: %s; trying for up to %.0f s", self._url, self._reason, self._deadline)
+        time.sleep(min(backoff(self._failures), left))
+
+    def ended(self) -> UnavailableError:
+        """Return the error that tells what was tried."""
+        seconds = f"{time.monotonic() - self._started:.0f} s"
+        if not self._failures:
+            return UnavailableError(
+                self._url, f"{self._operation} had no turn in {seconds}: the server throttles"
+            )
+        tried = f"{self._operation} failed {self._failures} times in {seconds}"
+        return UnavailableError(self._url, f"{tried}; the last time: {self._reason}")

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-import s3fs
 from botocore.exceptions import ClientError
 
 from streamswav.config import StorageSection
 from streamswav.errors import ConfigError, NotFoundError, StorageError, UnsupportedError
-from streamswav.stream.store.remote import CONNECTIONS, Remote
+from streamswav.stream.store.clients import Clients
+from streamswav.stream.store.remote import Remote
 from streamswav.stream.store.retry import OnRequest
 from streamswav.stream.store.transfer import Transfer
 from streamswav.stream.store.urls import ObjectInfo, redact
@@ -38,8 +38,8 @@ class S3(Remote):
             raise ConfigError(
                 "storage.endpoint_url", "must be http://HOST:PORT or https://HOST", value=redact(endpoint)
             )
-        self._filesystem = _filesystem(section)
-        self._connected = False
+        self._clients = Clients(section)
+        self._close_at_exit(self._clients.close)
 
     def walk(self, folder: str, stem: str = "") -> Iterator[ObjectInfo]:
         """Yield what lies below a folder under names that begin with `stem`."""
@@ -111,76 +111,49 @@ class S3(Remote):
         bucket, key = _split(url)
 
         async def request() -> dict[str, Any]:
-            client = await self._client()
-            reply: dict[str, Any] = await getattr(client, method)(Bucket=bucket, Key=key, **arguments)
+            async with self._clients.lease() as client:
+                reply: dict[str, Any] = await getattr(client, method)(Bucket=bucket, Key=key, **arguments)
             return reply
 
         return self._call(url, operation, request)
 
     async def _page(self, bucket: str, prefix: str, token: dict[str, str]) -> dict[str, Any]:
-        client = await self._client()
-        page: dict[str, Any] = await client.list_objects_v2(Bucket=bucket, Prefix=prefix, **token)
+        async with self._clients.lease() as client:
+            page: dict[str, Any] = await client.list_objects_v2(Bucket=bucket, Prefix=prefix, **token)
         return page
 
     async def _head(self, url: str) -> ObjectInfo:
         bucket, key = _split(url)
-        client = await self._client()
-        try:
-            reply = await client.head_object(Bucket=bucket, Key=key)
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("400", "403"):
-                # The answer to HEAD has no body, hence no reason; that to GET has.
-                (await client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0"))["Body"].close()
-            raise
+        async with self._clients.lease() as client:
+            try:
+                reply = await client.head_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("400", "403"):
+                    # The answer to HEAD has no body, hence no reason; that to GET has.
+                    (await client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0"))["Body"].close()
+                raise
         return ObjectInfo(url, reply["ContentLength"], _version(reply))
 
-    async def _get(self, transfer: Transfer) -> None:
+    async def _get(self, transfer: Transfer, attempt: int) -> None:
         bucket, key = _split(transfer.url)
         span = transfer.range
         wanted = {"Range": span} if span else {}
-        reply = await (await self._client()).get_object(Bucket=bucket, Key=key, **wanted)
-        body = reply["Body"]
-        try:
-            transfer.accept(
-                version=_version(reply),
-                span=reply.get("ContentRange"),
-                length=reply.get("ContentLength"),
-            )
-            while chunk := await body.read(CHUNK_BYTES):
-                transfer.body += chunk
-        finally:
-            body.close()
+        async with self._clients.lease() as client:
+            reply = await client.get_object(Bucket=bucket, Key=key, **wanted)
+            body = reply["Body"]
+            try:
+                transfer.accept(
+                    version=_version(reply),
+                    span=reply.get("ContentRange"),
+                    length=reply.get("ContentLength"),
+                )
+                while chunk := await body.read(CHUNK_BYTES):
+                    transfer.take(chunk, attempt)
+            finally:
+                body.close()
 
-    async def _client(self) -> Any:
-        client = await self._filesystem.set_session()
-        if not self._connected:
-            self._connected = True
-            self._close_at_exit(client.close)
-        return client
-
-
-def _filesystem(section: StorageSection) -> s3fs.S3FileSystem:
-    """Set up s3fs. All it is asked for is its client: the retries around its own calls stay out of reach."""
-    style = {None: "path" if section.endpoint_url else "auto", True: "path", False: "virtual"}
-    client = {"region_name": section.region, "verify": section.ca_bundle}
-    return s3fs.S3FileSystem(
-        anon=section.anonymous,
-        endpoint_url=section.endpoint_url,
-        client_kwargs={name: value for name, value in client.items() if value is not None},
-        config_kwargs={
-            "connect_timeout": section.timeout_seconds,
-            "read_timeout": section.timeout_seconds,
-            "max_pool_connections": CONNECTIONS,
-            "retries": {"mode": "standard", "total_max_attempts": 1},
-            "s3": {"addressing_style": style[section.path_style]},
-            # Other servers than Amazon's do not know its newer checksums.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
-        asynchronous=True,  # its methods are awaited here; otherwise it would wait inside the collector
-        skip_instance_cache=True,
-        use_listings_cache=False,
-    )
+    def _on_denied(self) -> None:
+        self._clients.doubt()
 
 
 def _split(url: str) -> tuple[str, str]:

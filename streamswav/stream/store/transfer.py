@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from streamswav.errors import ChangedError, DeniedError, NotFoundError, StorageError, UnsupportedError
-from streamswav.stream.store.retry import TransientError
+from streamswav.stream.store.retry import IdentityError, TransientError
 from streamswav.stream.store.urls import redact
 
 _MISSING = {"NoSuchBucket": "there is no such bucket", "NoSuchKey": "there is no such object"}
@@ -16,8 +16,8 @@ _IDENTITY = {
     "InvalidToken": "the session token is not valid",
     "RequestTimeTooSkewed": "the clock of this machine is wrong",
     "UnsupportedAlgorithm": "the server wants signed requests",
-    "InvalidObjectState": "the object is archived and must be restored first",
 }
+_ARCHIVED = "InvalidObjectState"
 _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 _THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
 _TRANSIENT = {"RequestTimeout", "InternalError", "OperationAborted", "ConditionalRequestConflict"}
@@ -35,6 +35,7 @@ class Transfer:
     stop: int | None
     version: str | None
     body: bytearray = field(default_factory=bytearray)
+    attempts: int = 0
 
     @property
     def missing(self) -> int:
@@ -45,6 +46,17 @@ class Transfer:
     def range(self) -> str | None:
         """The Range header for what is missing."""
         return None if self.stop is None else f"bytes={self.start + len(self.body)}-{self.stop - 1}"
+
+    def begin(self) -> int:
+        """Begin an attempt and return its number; what an earlier one still brings is not taken any more."""
+        self.attempts += 1
+        return self.attempts
+
+    def take(self, chunk: bytes, attempt: int) -> None:
+        """Take the next bytes. An attempt that was given up may not know it yet: its bytes are refused."""
+        if attempt != self.attempts:
+            raise TransientError("timeout", "timed out")
+        self.body += chunk
 
     def accept(self, *, version: str, span: str | None, length: int | None) -> None:
         """Check a reply's head before its body is read.
@@ -88,11 +100,14 @@ def refusal(url: str, status: int, code: str, message: str) -> Exception:
 def _denial(url: str, status: int, code: str) -> StorageError | None:
     if code in _REGION:
         return UnsupportedError(url, f"the bucket lies in another region: set storage.region ({code})")
-    if status in (401, 403) or code in _IDENTITY:
-        reason = _IDENTITY.get(code, "this identity has no permission")
+    if code in _IDENTITY:
+        return IdentityError(url, f"{_IDENTITY[code]} ({code})")
+    if status in (401, 403):
+        archived = "the object is archived and must be restored first"
+        reason = archived if code == _ARCHIVED else "this identity has no permission"
         return DeniedError(url, f"{reason} ({code or status})")
     if status == 400 and code == "400":
-        return DeniedError(
+        return IdentityError(
             url, "refused without a reason; the usual ones: a wrong region, expired credentials"
         )
     return None

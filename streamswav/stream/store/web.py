@@ -45,7 +45,7 @@ class Web(Remote):
                 raise UnsupportedError(redact(url), "the server does not tell the object's length")
             return ObjectInfo(url, int(total), _header_version(reply))
 
-    async def _get(self, transfer: Transfer) -> None:
+    async def _get(self, transfer: Transfer, attempt: int) -> None:
         span = transfer.range
         async with self._client().get(transfer.url, headers={"Range": span} if span else {}) as reply:
             reply.raise_for_status()
@@ -55,7 +55,7 @@ class Web(Remote):
                 length=reply.content_length,
             )
             async for chunk in reply.content.iter_any():
-                transfer.body += chunk
+                transfer.take(chunk, attempt)
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
