@@ -1,4 +1,4 @@
-"""`streamswav-shards`: build, verify and describe tar shards."""
+"""`streamswav-shards`: build, verify, describe and redact tar shards."""
 
 from __future__ import annotations
 
@@ -15,26 +15,36 @@ from tqdm import tqdm
 from streamswav import __version__
 from streamswav.arguments import Parser
 from streamswav.config import Config, load_config
-from streamswav.errors import EXIT_DONE, EXIT_FAILED, StreamswavError
+from streamswav.errors import EXIT_DONE, EXIT_FAILED, ConfigError, StreamswavError
 
 if TYPE_CHECKING:
     from shards.build import Built
+    from shards.redact import Key, Redactions
     from shards.verify import ShardCheck
+    from streamswav.stream.store import Store
 
 _INTERRUPTED = 130
-_SKIPPED_SHOWN = 20
+_SHOWN = 20
 
 _EPILOG = """\
 Keys of the section `storage` are understood as by `streamswav`: --storage.region eu-west-1, or
 STREAMSWAV_STORAGE__REGION in the environment. Credentials come by the usual AWS chain.
 
-exit codes: 0 done, all is well · 1 verify found problems · 78 the place, the source or an option is wrong ·
-75 the storage is unavailable, try later
+exit codes: 0 done, all is well · 1 verify found problems, redact did not find a key · 78 the place, the
+source or an option is wrong · 75 the storage is unavailable, try later
 """
 _BUILD = """\
 SOURCE is a folder of images (in folders of classes or not), a folder with MNIST's idx files (Fashion-MNIST),
 or torchvision:NAME. Images keep their bytes; what is not a file becomes PNG. The same source and options give
 the same bytes."""
+_REDACT = """\
+Takes samples out of shards, for those who opted out: their bytes become zeros, in place, so that all other
+samples stay where they are. A running training goes on: SHARD.redacted.json beside each shard vouches for the
+new version. Run it again after an interruption. Older versions that the bucket keeps, and copies elsewhere,
+are yours to delete.
+
+A key is the sample's name in the tar up to the first dot of the file name (n01440764/10026, without .jpg); or
+SHARD:KEY for one shard, as part-7/train-000012.tar:n01440764/10026, SHARD being its path below URL."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +85,14 @@ def _build_parser() -> Parser:
     verify = _add_command(commands, "verify", _verify, "parse and decode every sample")
     describe = _add_command(commands, "describe", _describe, "count samples, sizes, formats and labels")
     describe.add_argument("--json", action="store_true", help="for machines")
-    for each in (verify, describe):
-        each.add_argument("url", metavar="URL", help="prefix, pattern or single tar")
+    redact = _add_command(commands, "redact", _redact, "take samples out, for those who opted out")
+    redact.description = _REDACT
+    redact.add_argument("--keys", action="append", default=[], metavar="FILE", help="keys, one a line")
+    redact.add_argument("--key", action="append", default=[], metavar="KEY", help="one key; may be repeated")
+    redact.add_argument("--dry-run", action="store_true", help="only look")
+    for each in (verify, describe, redact):
+        more = "; braces; or @FILE of these" if each is redact else ""
+        each.add_argument("url", metavar="URL", help=f"prefix, pattern or single tar{more}")
         each.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
     return parser
 
@@ -120,10 +136,10 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _report_skipped(built: Built) -> None:
-    for reason in built.skipped[:_SKIPPED_SHOWN]:
+    for reason in built.skipped[:_SHOWN]:
         sys.stderr.write(f"skipped: {reason}\n")
-    if len(built.skipped) > _SKIPPED_SHOWN:
-        sys.stderr.write(f"skipped: {len(built.skipped) - _SKIPPED_SHOWN} more\n")
+    if len(built.skipped) > _SHOWN:
+        sys.stderr.write(f"skipped: {len(built.skipped) - _SHOWN} more\n")
 
 
 def _summary(built: Built) -> str:
@@ -189,6 +205,58 @@ def _describe(arguments: argparse.Namespace) -> int:
     values = contents.to_json()
     sys.stdout.write(json.dumps(values, indent=1) + "\n" if arguments.json else format_contents(values))
     return EXIT_DONE
+
+
+def _redact(arguments: argparse.Namespace) -> int:
+    from shards.redact import redact_samples  # noqa: PLC0415
+    from streamswav.stream.manifest import list_manifest  # noqa: PLC0415
+    from streamswav.stream.store import Store  # noqa: PLC0415
+
+    store = Store(arguments.config.storage)
+    keys = _read_keys(arguments, store)
+    shards = list_manifest([arguments.url], store).shards
+    with _progress(len(shards), "shard") as progress:
+        done = redact_samples(
+            shards,
+            keys,
+            store,
+            dry_run=arguments.dry_run,
+            workers=arguments.workers,
+            on_shard=progress.update,
+        )
+    sys.stdout.write(
+        "".join(f"{shard}: {_count(samples, 'sample')}\n" for shard, samples in done.samples.items())
+    )
+    did = "would be redacted" if arguments.dry_run else "redacted"
+    total, among = sum(done.samples.values()), f"{len(done.samples)} of {len(shards)} shards"
+    missing = _count(len(done.missing), "key")
+    sys.stdout.write(f"{_count(total, 'sample')} {did} in {among}, {missing} not found\n")
+    _report_unfound(done)
+    return EXIT_FAILED if done.missing else EXIT_DONE
+
+
+def _read_keys(arguments: argparse.Namespace, store: Store) -> set[Key]:
+    from streamswav.stream.select import read_keys, split_key  # noqa: PLC0415
+
+    keys = {split_key(text, option="--key", where=repr(text)) for text in arguments.key}
+    for url in arguments.keys:
+        keys.update(read_keys(url, store, option="--keys"))
+    if not keys:
+        raise ConfigError("--keys", "names no sample; give --keys FILE with one key a line, or --key KEY")
+    return keys
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def _report_unfound(done: Redactions) -> None:
+    for shard, damage in done.unsearched:
+        sys.stderr.write(f"not searched: {shard} bytes {damage.start} to {damage.stop} ({damage.reason})\n")
+    for name, key in done.missing[:_SHOWN]:
+        sys.stderr.write(f"not found: {name + ':' if name else ''}{key}\n")
+    if len(done.missing) > _SHOWN:
+        sys.stderr.write(f"not found: {len(done.missing) - _SHOWN} more\n")
 
 
 def _progress(total: int, unit: str) -> tqdm[NoReturn]:

@@ -11,6 +11,7 @@ from typing import Any
 from shards.scan import map_shards, read_shard
 from streamswav.crops.decode import image_size, sniff
 from streamswav.errors import DecodeError
+from streamswav.stream.redaction import is_tombstone
 from streamswav.stream.store import ObjectInfo, Store
 from streamswav.stream.tar import Damage, TarSample
 
@@ -121,7 +122,7 @@ def _count_sample(sample: TarSample, contents: Contents) -> None:
         contents.labels[sample.members["cls"].decode("utf-8", "replace").strip()] += 1
     image = sample.image
     if image is None:
-        contents.damaged["no_image"] += 1
+        contents.damaged["redacted" if is_tombstone(sample.members) else "no_image"] += 1
         return
     contents.image_bytes.append(len(image))
     contents.formats[sniff(image) or "unknown"] += 1

@@ -12,6 +12,7 @@ from shards.build import STATS_FILE
 from shards.scan import map_shards, read_shard
 from streamswav.crops.decode import decode
 from streamswav.errors import DataError, DecodeError, NotFoundError
+from streamswav.stream.redaction import is_tombstone
 from streamswav.stream.store import ObjectInfo, Store, join, redact
 from streamswav.stream.tar import Damage, TarSample
 
@@ -80,6 +81,8 @@ def verify_shard(max_pixels: int, store: Store, info: ObjectInfo) -> ShardCheck:
 def _reason(item: TarSample | Damage, max_pixels: int) -> str | None:
     if isinstance(item, Damage):
         return item.reason
+    if is_tombstone(item.members):
+        return None
     if item.image is None:
         return f"no_image: only {', '.join(sorted(item.members))}"
     try:
