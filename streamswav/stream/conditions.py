@@ -109,10 +109,10 @@ class Function:
         return found  # type: ignore[no-any-return]  # what it takes and gives shows when it is called
 
     def judge(self, sample: Candidate) -> str | None:
-        """Return why the sample is not trained; None to train it.
+        """Return why the sample is not trained; None to train it, as where the image's size cannot be read.
 
         Raises:
-            ConfigError: the function raised.
+            ConfigError: the function raised anything but `DecodeError`.
         """
         call = self.call
         try:
