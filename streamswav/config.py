@@ -90,6 +90,18 @@ class StreamSection(Section):
         None, description="end a followed stream where nothing new came for so long; default: wait for ever"
     )
 
+    @property
+    def passes_by_url(self) -> tuple[int, ...]:
+        """Passes over each of the URLs."""
+        if isinstance(self.passes, int):
+            return (self.passes,) * len(self.urls)
+        return tuple(self.passes)
+
+    @property
+    def turns(self) -> int:
+        """Passes of the whole run: those over the URL that has most."""
+        return self.passes if isinstance(self.passes, int) else max(self.passes)
+
 
 class StorageSection(Section):
     """How object storage is reached. Credentials come by the usual AWS chain, never from here."""
@@ -310,6 +322,7 @@ def check_combinations(config: Config) -> None:
     """
     _check_objective(config)
     _check_grid(config)
+    _check_stream(config)
 
 
 def _check_objective(config: Config) -> None:
@@ -325,12 +338,22 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_grid(config: Config) -> None:
-    columns, rows = config.stream.columns, config.stream.rows
-    batch, workers = config.training.batch, config.loader.workers
+    columns, batch = config.stream.columns, config.training.batch
     if batch and columns and batch % columns:
         raise ConfigError("stream.columns", f"must divide training.batch ({batch})", value=columns)
-    if rows and workers and rows % workers:
-        raise ConfigError("stream.rows", f"must be a multiple of loader.workers ({workers})", value=rows)
+
+
+def _check_stream(config: Config) -> None:
+    stream = config.stream
+    if isinstance(stream.passes, list) and len(stream.passes) != len(stream.urls):
+        reason = f"needs one entry for each of the {len(stream.urls)} stream.urls, or be one number"
+        raise ConfigError("stream.passes", reason, value=stream.passes)
+    if stream.follow and stream.turns > 1:
+        reason = "a stream that is followed goes by once: set stream.passes to 1, or stream.follow to false"
+        raise ConfigError("stream.follow", reason, value=True)
+    if stream.follow and config.optimizer.schedule == "cosine" and not config.training.images:
+        reason = "a followed stream has no end to anneal to: use constant, or give training.images"
+        raise ConfigError("optimizer.schedule", reason, value="cosine")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class Facts:
         bfloat16: whether that GPU has it.
         shards: in the manifest.
         samples: in one pass, where the producers counted; else None.
+        run_samples: in all passes, where they counted; else None.
         trunk_parameters: their number.
         begun: the complete configuration of the run that is continued; else None.
     """
@@ -79,6 +80,7 @@ class Facts:
     shards: int
     samples: int | None
     trunk_parameters: int
+    run_samples: int | None = None
     begun: Config | None = None
 
 
@@ -120,9 +122,11 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
         choose("stream.samples", lambda: (facts.samples, "counted by the shards' producer (_stats.json)"))
     samples = values["stream"]["samples"]
     distinct = min(samples, config.training.images or samples) if samples else None
-    total = min(samples * config.stream.passes, config.training.images or 1 << 62) if samples else None
+    whole = run_samples(Config.model_validate(values), facts.run_samples)
+    total = min(whole, config.training.images or whole) if whole else None
     batch = choose("training.batch", lambda: _batch(config, facts))
-    _check_batch(batch, facts.world_size)
+    if facts.begun is None:  # else what is left is dealt again, for these ranks
+        _check_batch(batch, facts.world_size)
     _choose_grid(choose, config, facts, batch)
     _choose_objective(choose, facts, batch, distinct=distinct, total=total)
     _choose_rate(choose, config, batch, total)
@@ -137,6 +141,19 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     resolved = Config.model_validate(values)
     check_combinations(resolved)
     return resolved, chosen
+
+
+def run_samples(config: Config, counted: int | None) -> int | None:
+    """Return the samples of all passes, where that is known.
+
+    Args:
+        config: its `stream.samples`, of one pass, hold where all URLs have as many passes.
+        counted: by the producers, for all passes.
+    """
+    stream = config.stream
+    if stream.samples and len(set(stream.passes_by_url)) <= 1:
+        return stream.samples * stream.turns
+    return counted
 
 
 def _standing(config: Config) -> list[Choice]:
@@ -190,6 +207,8 @@ def _choose_grid(choose: Choose, config: Config, facts: Facts, batch: int) -> No
         rows = _fit_rows(facts, workers, columns)
         choose("stream.rows", lambda: (rows, "room to change the workers; about 4 shards a lane or more"))
     assert rows is not None
+    if facts.begun is None and workers and rows % workers:
+        raise ConfigError("stream.rows", f"must be a multiple of loader.workers ({workers})", value=rows)
     fitted = config.stream.columns or _fit_columns(facts, columns, rows)
     choose("stream.columns", lambda: (fitted, "room to halve and double the ranks; divides training.batch"))
 
@@ -219,10 +238,16 @@ def _choose_objective(
 def _choose_rate(choose: Choose, config: Config, batch: int, total: int | None) -> None:
     rate = choose("optimizer.rate", lambda: _rate(config.optimizer.name, batch))
     choose("optimizer.final_rate", lambda: (rate / 1000, "a thousandth of the base rate, as the paper"))
-    choose("optimizer.schedule", lambda: ("cosine", "the manifest has an end"))
+    choose("optimizer.schedule", lambda: _schedule(config))
     if total is not None:
         choose("optimizer.warmup_images", lambda: _warmup(batch, total))
     choose("optimizer.start_rate", lambda: (rate / 16, "a sixteenth of the base rate, as the paper"))
+
+
+def _schedule(config: Config) -> tuple[str, str]:
+    if config.stream.follow and not config.training.images:
+        return "constant", "a followed stream has no end to anneal to; `streamswav cooldown` ends it"
+    return "cosine", "the manifest has an end"
 
 
 def _batch(config: Config, facts: Facts) -> tuple[int, str]:

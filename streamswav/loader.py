@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from streamswav.crops import Crops, MultiCrop, collate
 from streamswav.errors import DecodeError, StreamswavError
-from streamswav.stream.outcomes import PassedOver
+from streamswav.stream.manifest import Manifest
+from streamswav.stream.outcomes import PassedOver, Tally, tally_one
 from streamswav.stream.plan import Cursor, Plan
 from streamswav.stream.reader import ShardReader
-from streamswav.stream.samples import LaneReader, Sample, SampleId
+from streamswav.stream.samples import LaneReader, Sample, SampleId, pass_over
+from streamswav.stream.select import Selection
 
 PATIENCE_SECONDS = 1.0
 GRACE_SECONDS = 2.0
@@ -47,7 +50,9 @@ class Batch:
         keys: B names, for people.
         cursors: where the lanes are after this batch.
         sample_bytes: bytes of the samples in their shards.
-        quarantined: what was passed over on the way.
+        trained: tallies of the samples by source.
+        quarantined: what could not be used on the way.
+        passed: what was excluded or filtered on the way.
         seconds: time spent by stage (fetch, parse, decode, collate).
         traffic: (outcome, bytes received) of the storage requests made meanwhile.
     """
@@ -59,7 +64,9 @@ class Batch:
     keys: tuple[str, ...]
     cursors: Mapping[int, Cursor]
     sample_bytes: int
+    trained: Mapping[int, Tally]
     quarantined: tuple[PassedOver, ...]
+    passed: tuple[PassedOver, ...]
     seconds: Mapping[str, float]
     traffic: tuple[tuple[str, int], ...]
 
@@ -74,6 +81,7 @@ class Exhausted:
 
     number: int
     quarantined: tuple[PassedOver, ...]
+    passed: tuple[PassedOver, ...]
 
 
 @dataclass(frozen=True)
@@ -92,14 +100,16 @@ class LaneBatches(IterableDataset[Item]):
     """The batches that a rank takes from a plan, dealt over its loader processes.
 
     Worker w of K gives the batches t = first + w (mod K), so that the DataLoader's round robin restores the
-    order. An undecodable sample is replaced by the next one of its lane.
+    order. A sample that is not to be trained, or cannot be decoded, is replaced by the next one of its lane.
 
     Attributes:
         plan: what is read.
         cursors: where its lanes are; a lane that is missing starts at its beginning.
         first: number of the first batch.
         columns: of the grid, those that belong to this rank.
-        reader: opens shards.
+        manifest: the shards.
+        reader: opens them.
+        select: what is not trained.
         crop: makes crops.
     """
 
@@ -107,7 +117,9 @@ class LaneBatches(IterableDataset[Item]):
     cursors: Mapping[int, Cursor]
     first: int
     columns: range
+    manifest: Manifest
     reader: ShardReader
+    select: Selection
     crop: MultiCrop
     _lanes: dict[int, LaneReader] = field(default_factory=dict, repr=False)
 
@@ -117,8 +129,8 @@ class LaneBatches(IterableDataset[Item]):
         rows = {
             (self.first + mine + turn * step) % self.plan.grid.rows for turn in range(self.plan.grid.rows)
         }
-        self.reader.share_among(len(rows) * len(self.columns))
         try:
+            self.reader.share_among(len(rows) * len(self.columns), self.plan.grid.window)
             for number in itertools.count(self.first + mine, step):
                 item = self._assemble(number)
                 yield item
@@ -129,51 +141,73 @@ class LaneBatches(IterableDataset[Item]):
 
     def _assemble(self, number: int) -> Batch | Exhausted:
         """Fill every column's share of one batch."""
-        began, fetched, decoding = time.perf_counter(), self.reader.fetch_seconds, 0.0
-        taken: list[Sample] = []
-        crops: list[Crops] = []
-        passed: list[PassedOver] = []
+        began, fetched = time.perf_counter(), self.reader.fetch_seconds
+        share = _Share()
         lanes = [self.plan.grid.lane(number % self.plan.grid.rows, column) for column in self.columns]
         self._open_lanes(lanes)
         for lane in lanes:
-            reader = self._lanes[lane]
-            want = len(taken) + self.plan.grid.share
-            while len(taken) < want and (sample := next(reader, None)) is not None:
-                started = time.perf_counter()
-                try:
-                    crops.append(self._crop(sample))
-                    taken.append(sample)
-                except DecodeError as error:
-                    passed.append(_quarantine(sample, error.reason))
-                decoding += time.perf_counter() - started
-            passed += reader.take_damages()
-            if len(taken) < want:
-                return Exhausted(number, tuple(passed))
+            if not self._fill(share, self._lanes[lane], len(share.taken) + self.plan.grid.share):
+                return Exhausted(number, tuple(share.quarantined), tuple(share.passed))
         started = time.perf_counter()
-        pixels, parameters = collate(crops)
+        pixels, parameters = collate(share.crops)
         now, fetching = time.perf_counter(), self.reader.fetch_seconds - fetched
-        parsing = started - began - decoding - fetching
+        parsing = started - began - share.decoding - fetching
+        seconds = {"fetch": fetching, "parse": parsing, "decode": share.decoding, "collate": now - started}
         return Batch(
             number=number,
             pixels=pixels,
             parameters=parameters,
-            ids=tuple(sample.id for sample in taken),
-            keys=tuple(sample.key for sample in taken),
+            ids=tuple(sample.id for sample in share.taken),
+            keys=tuple(sample.key for sample in share.taken),
             cursors={lane: self._lanes[lane].cursor for lane in lanes},
-            sample_bytes=sum(sample.stop - sample.start for sample in taken),
-            quarantined=tuple(passed),
-            seconds={"fetch": fetching, "parse": parsing, "decode": decoding, "collate": now - started},
+            sample_bytes=sum(sample.stop - sample.start for sample in share.taken),
+            trained=self._tally(share.taken),
+            quarantined=tuple(share.quarantined),
+            passed=tuple(share.passed),
+            seconds=seconds,
             traffic=tuple(self.reader.take_traffic()),
         )
 
+    def _fill(self, share: _Share, reader: LaneReader, want: int) -> bool:
+        """Take samples of a lane until there are `want`; False where it holds no more."""
+        while len(share.taken) < want and (sample := next(reader, None)) is not None:
+            verdict = self.select.judge(sample, self.manifest.shards[sample.id.shard].key)
+            if verdict is not None:
+                share.passed.append(pass_over(sample.id, sample, *verdict))
+                continue
+            started = time.perf_counter()
+            try:
+                share.crops.append(self._crop(sample))
+                share.taken.append(sample)
+            except DecodeError as error:
+                share.quarantined.append(pass_over(sample.id, sample, "quarantined", error.reason))
+            share.decoding += time.perf_counter() - started
+        share.quarantined += reader.take_damages()
+        return len(share.taken) == want
+
+    def _tally(self, taken: Sequence[Sample]) -> dict[int, Tally]:
+        tallies: defaultdict[int, Tally] = defaultdict(Tally)
+        for sample in taken:
+            shard, identity = self.manifest.shards[sample.id.shard], sample.id
+            tallies[shard.source] += tally_one(
+                self.reader.digest(identity.shard),
+                identity.turn,
+                identity.ordinal,
+                sample.start,
+                sample.stop,
+            )
+        return dict(tallies)
+
     def _open_lanes(self, lanes: Sequence[int]) -> None:
-        """Lanes open when their row comes first; all of a row ask for their first bytes at once."""
+        """Lanes open when their row comes first; all of a row ask for what they need next at once."""
         for lane in lanes:
             if lane not in self._lanes:
-                reader = LaneReader(self.plan, lane, self.reader.open, self.cursors.get(lane))
+                cursor = self.cursors.get(lane)
+                reader = LaneReader(self.plan, lane, self.reader.open, cursor, shelf=self.reader.shelf)
                 self._lanes[lane] = reader
                 if piece := reader.next_piece:
                     self.reader.begin(piece)
+            self._lanes[lane].ask(self.plan.grid.share)
 
     def _crop(self, sample: Sample) -> Crops:
         if sample.image is None:
@@ -182,11 +216,15 @@ class LaneBatches(IterableDataset[Item]):
         return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
 
 
-def _quarantine(sample: Sample, reason: str) -> PassedOver:
-    identity = sample.id
-    return PassedOver(
-        identity.shard, identity.turn, reason, sample.start, sample.stop, sample.key, identity.ordinal
-    )
+@dataclass
+class _Share:
+    """A rank's share of a batch while it is filled, and the seconds spent decoding."""
+
+    taken: list[Sample] = field(default_factory=list)
+    crops: list[Crops] = field(default_factory=list)
+    quarantined: list[PassedOver] = field(default_factory=list)
+    passed: list[PassedOver] = field(default_factory=list)
+    decoding: float = 0.0
 
 
 @contextmanager

@@ -15,17 +15,25 @@ import torch
 import yaml
 
 from streamswav import __version__
-from streamswav.commands.run_folder import checkpoints_of, freeze_manifest, read_begun, refuse_other_grid
-from streamswav.config import Config, dump_config, parse_config
-from streamswav.crops import Augment, MultiCrop
-from streamswav.defaults import Facts, resolve
+from streamswav.commands.run_folder import (
+    MANIFEST_FILE,
+    checkpoints_of,
+    freeze_manifest,
+    read_begun,
+    refuse_other_grid,
+)
+from streamswav.config import Config, StreamSection, dump_config, parse_config
+from streamswav.crops import Augment, MultiCrop, image_size
+from streamswav.defaults import Facts, resolve, run_samples
 from streamswav.drain import Drain
-from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
+from streamswav.errors import ConfigError, DrainedError, ManifestError, PositionError, StreamswavError
 from streamswav.models import build_trunk
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.plan import Grid
+from streamswav.stream.outcomes import OUTCOMES
+from streamswav.stream.plan import Grid, fit_grid
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
+from streamswav.stream.select import Selection, load_selection
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.exporter import serve_metrics
 from streamswav.telemetry.metrics import Metrics
@@ -33,7 +41,8 @@ from streamswav.telemetry.progress import Reporter
 from streamswav.training.build import build_learner, known
 from streamswav.training.checkpoint import find_checkpoint
 from streamswav.training.distributed import Ranks, join_ranks, local_world_size
-from streamswav.training.feed import Feed, FeedSettings
+from streamswav.training.feed import Feed, FeedSettings, Hooks
+from streamswav.training.growth import Growth
 from streamswav.training.monitor import Monitor
 from streamswav.training.pace import make_pace
 from streamswav.training.saver import Restored, Saver, load_into, without_secrets
@@ -111,6 +120,7 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
         bfloat16=all(ranks.gather(cuda and torch.cuda.is_bf16_supported(including_emulation=False))),
         shards=len(manifest.shards),
         samples=manifest.samples,
+        run_samples=manifest.total(config.stream.passes_by_url),
         trunk_parameters=_trunk_parameters(config),
         begun=begun,
     )
@@ -120,7 +130,7 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
             "default", f"{choice.key} = {choice.value}  ({choice.reason})", key=choice.key, value=choice.value
         )
     batch = known(resolved.training.batch)
-    if manifest.samples is not None and manifest.samples < batch:
+    if manifest.samples is not None and manifest.samples < batch and not resolved.stream.follow:
         raise ManifestError(
             f"{redact(config.stream.urls[0])}: {manifest.samples} samples are fewer than one global batch "
             f"(training.batch = {batch}); lower it or add data"
@@ -182,11 +192,12 @@ def _train(run: Run, drain: Drain) -> dict[str, Any]:
 def _build_trainer(
     run: Run, saver: Saver, monitor: Monitor, restored: Restored | None, drain: Drain
 ) -> tuple[Trainer, Feed]:
-    config, ranks = run.config, run.ranks
-    learner = build_learner(config, ranks)
+    ranks, select = run.ranks, _load_selection(run)
     position = _start_position(run, restored)
+    config = _on_grid(run.config, position.grid)
+    learner = build_learner(config, ranks)
     if restored:
-        load_into(learner, restored, ranks, batch=known(config.training.batch))
+        load_into(learner, restored, ranks, batch=position.grid.batch)
         run.reporter.event(
             "resumed",
             f"going on from {restored.checkpoint.url} ({position.trained:,} images)",
@@ -195,32 +206,30 @@ def _build_trainer(
     feed = Feed(
         run.manifest,
         position,
-        settings=FeedSettings(
-            passes=config.stream.passes,
-            workers=known(config.loader.workers),
-            prefetch=config.loader.prefetch,
-            skip_ratio=config.stream.skip_ratio,
-            skip_probation=config.stream.skip_probation,
-        ),
-        reader=ShardReader(
-            run.manifest,
-            config.storage,
-            read_ahead=config.loader.read_ahead,
-            requests=config.loader.requests,
-            memory=config.stream.memory,
-        ),
+        settings=feed_settings(config),
+        reader=shard_reader(config, run.manifest),
         crop=MultiCrop(config.crops, seed=config.stream.seed),
         ranks=ranks,
-        drain=drain,
-        wants_save=lambda: saver.due(feed.trained + position.grid.batch),
-        wants_log=monitor.log_due,
-        on_quarantined=monitor.quarantined,
+        select=select,
+        growth=_growth(run) if config.stream.follow else None,
+        hooks=Hooks(
+            drain=drain,
+            wants_save=lambda: saver.due(feed.trained + feed.position.grid.batch),
+            wants_log=monitor.log_due,
+            on_passed_over=monitor.passed_over,
+            on_idle=lambda idle: trainer.idle(idle),  # noqa: PLW0108 - it is built from this feed
+            on_grown=monitor.grown,
+        ),
     )
     trainer = Trainer(
         learner=learner,
         feed=feed,
         augment=Augment(config.crops),
-        pace=make_pace(config, run.manifest.size),
+        pace=make_pace(
+            config,
+            samples=_run_samples(run.config, run.manifest),
+            size=run.manifest.total_bytes(config.stream.passes_by_url),
+        ),
         saver=saver,
         monitor=monitor,
         step=restored.step if restored else 0,
@@ -230,23 +239,109 @@ def _build_trainer(
     return trainer, feed
 
 
+def feed_settings(config: Config) -> FeedSettings:
+    """Return what the feed needs of a resolved configuration."""
+    return FeedSettings(
+        workers=known(config.loader.workers),
+        prefetch=config.loader.prefetch,
+        skip_ratio=config.stream.skip_ratio,
+        skip_probation=config.stream.skip_probation,
+        shard_ratio=config.stream.shard_ratio,
+    )
+
+
+def shard_reader(config: Config, manifest: Manifest) -> ShardReader:
+    """Return what opens the shards of a resolved configuration."""
+    return ShardReader(
+        manifest,
+        config.storage,
+        read_ahead=config.loader.read_ahead,
+        requests=config.loader.requests,
+        memory=config.stream.memory,
+    )
+
+
+def _load_selection(run: Run) -> Selection:
+    """Read what is not trained; every rank does, since predicates are functions of this machine."""
+    select = load_selection(run.config.stream, run.store, size_of=image_size)
+    if run.config.stream.exclude or run.config.stream.where:
+        run.reporter.event(
+            "selection",
+            f"{select.excluded_keys:,} keys are excluded, {len(run.config.stream.where)} conditions hold",
+            digest=select.digest,
+        )
+    return select
+
+
+def _growth(run: Run) -> Growth:
+    config, reporter = run.config, run.reporter
+    return Growth(
+        config.stream.urls,
+        run.store,
+        run.manifest,
+        join(config.run.directory, MANIFEST_FILE),
+        seconds=config.stream.follow_seconds,
+        idle_seconds=config.stream.follow_idle_seconds,
+        on_found=lambda count: reporter.event("grown", f"{count} new shards join the run", shards=count),
+    )
+
+
+def _on_grid(config: Config, grid: Grid) -> Config:
+    """The configuration for the batch that this number of ranks can share."""
+    training = config.training.model_copy(update={"batch": grid.batch})
+    return config.model_copy(update={"training": training})
+
+
+def _run_samples(config: Config, manifest: Manifest) -> int | None:
+    return run_samples(config, manifest.total(config.stream.passes_by_url))
+
+
 def _start_position(run: Run, restored: Restored | None) -> Position:
-    """The restored position, or the beginning.
+    """The restored position, on a grid that this number of ranks and workers divides, or the beginning.
 
     Raises:
-        PositionError: the shards, the grid or the seed of the configuration are not the run's.
+        PositionError: the shards, the grid or the seed of the configuration are not the run's, or the ranks
+            cannot share the batch.
     """
-    grid = _grid(run.config)
+    config, begun = run.config, _grid(run.config)
+    passes = config.stream.passes_by_url
     if restored is None:
-        return Position(run.manifest.digest, grid, run.config.stream.seed)
-    refuse_other_grid(restored.position.grid, run.config)
-    restored.position.plan(run.manifest)
-    return _reopened(restored.position, run.config)
+        return Position(run.manifest.digest, begun, config.stream.seed, passes)
+    position = reopened(restored.position, passes)
+    position.covered(run.manifest)
+    world_size, workers = run.ranks.world_size, known(config.loader.workers)
+    grid = fit_grid(position.grid, begun, world_size=world_size, workers=workers)
+    if grid != position.grid:
+        run.reporter.event(
+            "replanned",
+            f"{world_size} ranks x {workers} workers do not divide the lane grid ({_shape(position.grid)}): "
+            f"what is left of the pass is dealt again, each sample still exactly once ({_shape(grid)})",
+            batch=grid.batch,
+            columns=grid.columns,
+            rows=grid.rows,
+        )
+    return position.on_grid(run.manifest, grid)
 
 
-def _reopened(position: Position, config: Config) -> Position:
-    """A stream that was at its end goes on where more passes are asked for now."""
-    return replace(position, finished=position.finished and position.turn >= config.stream.passes)
+def _shape(grid: Grid) -> str:
+    return f"{grid.columns} columns, {grid.rows} rows, batches of {grid.batch}"
+
+
+def reopened(position: Position, passes: tuple[int, ...]) -> Position:
+    """Return the position for so many passes; a stream at its end goes on where more are asked for now.
+
+    Raises:
+        PositionError: the passes over one of several sources were changed.
+    """
+    if passes == position.passes:
+        return position
+    if len(passes) != len(position.passes) or len({*passes}) > 1 or len({*position.passes}) > 1:
+        raise PositionError(
+            f"the run began with stream.passes = {list(position.passes)}, now it is {list(passes)}: passes "
+            "over several URLs can be changed only where all have the same number; set it back"
+        )
+    finished = position.finished and position.turn >= max(passes)
+    return replace(position, passes=passes, finished=finished)
 
 
 def _grid(config: Config) -> Grid:
@@ -261,16 +356,16 @@ def _about(config: Config, ranks: Ranks) -> dict[str, str]:
 
 def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: Saver) -> dict[str, Any]:
     """Write what the run came to; where this process trained nothing, what was written before stands."""
-    config, position = run.config, feed.position
+    config, position, passes = run.config, feed.position, feed.position.passes
     place = join(config.run.directory, "summary.json")
     if monitor.images_per_second == 0 and run.store.exists(place):
         before: dict[str, Any] = json.loads(run.store.read(place))
         return before
-    samples, loss = run.manifest.samples, monitor.loss_last
+    loss = monitor.loss_last
     left = sum(len(piece.named() or ()) for piece in position.carried) if position.finished else None
-    quarantined = sum(position.quarantined.values())
-    listed = None if samples is None else samples * config.stream.passes
-    missing = None if left is None or listed is None else listed - position.trained - quarantined - left
+    counts = {outcome: position.total(outcome).samples for outcome in OUTCOMES}
+    listed = feed.manifest.total(position.passes)
+    missing = None if left is None or listed is None else listed - sum(counts.values()) - left
     if missing:
         run.reporter.event(
             "missing",
@@ -286,18 +381,27 @@ def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: 
         "ln_prototypes": math.log(known(config.swav.prototypes)),
         "stream": {
             "manifest": listed,
-            "trained": position.trained,
-            "quarantined": quarantined,
+            **counts,
             "damages": len(position.damages),
             "left": left,
             "missing": missing,
-            "passes": config.stream.passes,
+            "passes": passes[0] if len({*passes}) == 1 else list(passes),
+            "sources": _by_source(config, position),
         },
         "checkpoint": saver.last.url if saver.last else None,
         "shards_url": redact(config.stream.urls[0]),
     }
     run.store.write(place, json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _by_source(config: Config, position: Position) -> dict[str, dict[str, int]]:
+    """Samples of each URL by outcome."""
+    urls = enumerate(map(redact, config.stream.urls))
+    return {
+        url: {outcome: by_source[source].samples for outcome, by_source in position.tallies.items()}
+        for source, url in urls
+    }
 
 
 def cooldown(config: Config, drain: Drain, *, images: int | None) -> dict[str, Any]:
@@ -319,17 +423,22 @@ def cooldown(config: Config, drain: Drain, *, images: int | None) -> dict[str, A
     # A cool-down that was interrupted goes on to the end it had.
     if saved.optimizer.cooldown_images and saved.training.images:
         return pretrain(_with_end(config, saved.optimizer.cooldown_images, saved.training.images), drain)
-    if _reopened(position, config).finished:
+    if reopened(position, config.stream.passes_by_url).finished:
         reason = "the stream is at its end; a cool-down needs images: ask for one pass more"
         raise ConfigError("stream.passes", reason, value=config.stream.passes)
     length = images or position.trained // 10
-    if saved.stream.samples:
-        left = saved.stream.samples * config.stream.passes - position.trained
+    whole = run_samples(saved.model_copy(update={"stream": _with_passes(saved, config)}), None)
+    if whole:
+        left = whole - position.trained
         if images and images > left:
             reason = f"only {left} images are left in the stream: ask for fewer, or for another pass"
             raise ConfigError("--images", reason, value=images)
         length = min(length, left)
     return pretrain(_with_end(config, length, checkpoint.images + length), drain)
+
+
+def _with_passes(saved: Config, config: Config) -> StreamSection:
+    return saved.stream.model_copy(update={"passes": config.stream.passes})
 
 
 def _with_end(config: Config, length: int, end: int) -> Config:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import yaml
 
@@ -11,45 +12,68 @@ from streamswav.config import Config, parse_config
 from streamswav.errors import PositionError
 from streamswav.stream.manifest import Manifest, Shard, list_manifest
 from streamswav.stream.plan import Grid
+from streamswav.stream.redaction import newest_version
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.checkpoint import CheckpointFolder
 
+MANIFEST_FILE = "manifest.json"
+_SHOWN = 3
+
 
 def freeze_manifest(config: Config, store: Store, reporter: Reporter, *, begun: bool) -> Manifest:
-    """List the shards; a run that has begun keeps to the list it began with.
+    """List the shards; a run that has begun keeps to the list it began with, and what joined it.
 
     Raises:
-        PositionError: shards of the run's list are gone or were changed.
+        PositionError: more shards of the run's list are gone or were changed than its budget allows.
     """
     listed = list_manifest(config.stream.urls, store)
-    place = join(config.run.directory, "manifest.json")
+    place = join(config.run.directory, MANIFEST_FILE)
     if not begun or not store.exists(place):
         store.write(place, json.dumps(listed.to_json()).encode())
         return listed
     frozen = Manifest.from_json(json.loads(store.read(place)))
     there = {shard.key: shard for shard in listed.shards}
-    for shard in frozen.shards:
-        difference = _differs(shard, there.get(shard.key))
-        if difference:
-            raise PositionError(
-                f"{redact(place)}: shard {shard.key} of this run {difference} below stream.urls; "
-                "bring it back, or choose another run.directory for other data"
-            )
-    new = len(listed.shards) - len(frozen.shards)
-    if new:
-        reporter.event("new_shards", f"{new} shards came after the run began: they are left for another run")
+    lost = [(shard, reason) for shard in frozen.shards if (reason := _differs(shard, there, store))]
+    _refuse_lost(lost, frozen, config, place)
+    for shard, reason in lost[:_SHOWN]:
+        reporter.event("warning", f"{shard.key} {reason}: what is left of it is quarantined")
+    known = {shard.key for shard in frozen.shards}
+    new = sum(shard.key not in known for shard in listed.shards)
+    if new and not config.stream.follow:
+        reporter.event(
+            "new_shards",
+            f"{new} shards came after the run began: they are left for another run, or for stream.follow",
+        )
     # Content may have moved as a whole, so today's URLs and versions hold for the shards of then.
-    return Manifest(tuple(there[shard.key] for shard in frozen.shards), frozen.samples)
+    gone = {shard.key for shard, _ in lost}
+    shards = tuple(shard if shard.key in gone else there[shard.key] for shard in frozen.shards)
+    return replace(frozen, shards=shards)
 
 
-def _differs(frozen: Shard, found: Shard | None) -> str:
+def _refuse_lost(lost: Sequence[tuple[Shard, str]], frozen: Manifest, config: Config, place: str) -> None:
+    """Hold shards that are gone before they are met to the budget for those met on the way."""
+    size = sum(shard.size for shard, _ in lost)
+    if size <= config.stream.shard_ratio * frozen.size:
+        return
+    shown = "; ".join(f"shard {shard.key} {reason}" for shard, reason in lost[:_SHOWN])
+    raise PositionError(
+        f"{redact(place)}: {shown} ({len(lost)} of this run's {len(frozen.shards)} shards below stream.urls, "
+        f"more than stream.shard_ratio = {config.stream.shard_ratio} of its bytes); bring them back, or "
+        "choose another run.directory for other data"
+    )
+
+
+def _differs(frozen: Shard, there: Mapping[str, Shard], store: Store) -> str:
     """Say how a shard is no longer the run's; its version tells only where it has not moved."""
+    found = there.get(frozen.key)
     if found is None:
         return "is gone"
     if found.size != frozen.size:
         return "has another size"
-    return "was replaced" if redact(found.url) == frozen.url and found.version != frozen.version else ""
+    if redact(found.url) != frozen.url or found.version == frozen.version:
+        return ""
+    return "" if newest_version(store, found.url, frozen.version) == found.version else "was replaced"
 
 
 def read_begun(config: Config, store: Store) -> Config | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from streamswav.config import StorageSection, StreamSection
 from streamswav.stream.manifest import Manifest, list_manifest
-from streamswav.stream.outcomes import PassedOver
+from streamswav.stream.outcomes import PassedOver, Tally, tally_one
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
@@ -28,27 +27,26 @@ class Stream:
         damages: stretches of shards that could not be parsed.
     """
 
-    def __init__(self, manifest: Manifest, position: Position, reader: ShardReader, *, passes: int) -> None:
-        self.manifest, self.position, self._reader, self._passes = manifest, position, reader, passes
+    def __init__(self, manifest: Manifest, position: Position, reader: ShardReader) -> None:
+        self.manifest, self.position, self._reader = manifest, position, reader
         self.damages: list[PassedOver] = []
 
     def __iter__(self) -> Iterator[Sample]:
         while not self.position.finished:
-            lane = LaneReader(
-                self.position.plan(self.manifest), 0, self._reader.open, self.position.cursors.get(0)
-            )
+            plan, cursor = self.position.plan(self.manifest), self.position.cursors.get(0)
+            lane = LaneReader(plan, 0, self._reader.open, cursor, shelf=self._reader.shelf)
             for sample in lane:
-                size = sample.stop - sample.start
-                self.position = self.position.advance(
-                    {0: sample.cursor}, batches=1, samples=1, sample_bytes=size
-                )
+                position = self.position.advance({0: sample.cursor}, batches=1)
+                self.position = position.count("trained", [self._tally(sample)])
                 self.damages += lane.take_damages()
                 yield sample
             self.damages += lane.take_damages()
-            turn = self.position.turn + 1
-            self.position = replace(
-                self.position, turn=turn, batches=0, cursors={}, finished=turn >= self._passes
-            )
+            self.position = self.position.next_turn(())
+
+    def _tally(self, sample: Sample) -> tuple[int, Tally]:
+        shard, identity = self.manifest.shards[sample.id.shard], sample.id
+        tally = tally_one(shard.digest, identity.turn, identity.ordinal, sample.start, sample.stop)
+        return shard.source, tally
 
 
 def open_stream(
@@ -80,8 +78,9 @@ def open_stream(
     given = [urls] if isinstance(urls, str | os.PathLike) else urls
     whole = list_manifest([os.fspath(url) for url in given], Store(storage))
     index, parts = part
-    manifest = whole if parts == 1 else Manifest(whole.shards[index::parts])
+    counts = (None,) * len(given)
+    manifest = whole if parts == 1 else Manifest(whole.shards[index::parts], counts)
     reader = ShardReader(manifest, storage, read_ahead=2)
-    begun = position or Position(manifest.digest, Grid(1, 1, 1, window), seed)
+    begun = position or Position(manifest.digest, Grid(1, 1, 1, window), seed, (passes,) * len(given))
     begun.plan(manifest)
-    return Stream(manifest, begun, reader, passes=passes)
+    return Stream(manifest, begun, reader)

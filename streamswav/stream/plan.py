@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from streamswav.errors import PositionError
 from streamswav.philox import permutation
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Rises when the same seed would give another order; a position of another version is refused."""
 
 
@@ -195,13 +197,68 @@ def deal(
     return Plan(grid, seed, turn, generation, tuple(map(tuple, lanes)))
 
 
-def first_deal(
-    shard_sizes: Sequence[int], carried: Sequence[Piece], *, grid: Grid, seed: int, turn: int
+@dataclass(frozen=True)
+class Deal:
+    """What a generation is dealt from: plain data from which the plan follows again.
+
+    Attributes:
+        whole: indices of the shards of which nothing was read, growing.
+        pieces: parts of other shards, and what earlier passes left over.
+        one_by_one: every piece names its samples, and these are dealt, not the pieces.
+    """
+
+    whole: tuple[int, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    one_by_one: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data that `from_json` reads; a bit for each shard that may be whole."""
+        flags = np.zeros(max(self.whole, default=-1) + 1, np.uint8)
+        flags[list(self.whole)] = 1
+        return {
+            "whole": np.packbits(flags).tobytes().hex(),
+            "pieces": [piece.to_json() for piece in self.pieces],
+            "one_by_one": self.one_by_one,
+        }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Deal:
+        """Read what `to_json` gave."""
+        flags = np.unpackbits(np.frombuffer(bytes.fromhex(values["whole"]), np.uint8))
+        pieces = tuple(Piece.from_json(each) for each in values["pieces"])
+        return Deal(tuple(np.flatnonzero(flags).tolist()), pieces, values["one_by_one"])
+
+
+def make_plan(
+    dealt: Deal, shard_sizes: Sequence[int], *, grid: Grid, seed: int, turn: int, generation: int
 ) -> Plan:
-    """Deal a new pass: every shard whole, after what the last pass left over."""
-    pieces = [*carried, *(Piece(index, turn) for index in range(len(shard_sizes)))]
+    """Make the plan of a generation.
+
+    Args:
+        dealt: what is to be read.
+        shard_sizes: bytes of the manifest's shards.
+        grid: shape of the plan.
+        seed: of the order; another pass or generation gives another one.
+        turn: the pass.
+        generation: the generation of that pass.
+    """
+    order = {"seed": seed, "turn": turn, "generation": generation}
+    if dealt.one_by_one:
+        return deal_samples(dealt.pieces, grid=grid, **order)
+    pieces = [*dealt.pieces, *(Piece(index, turn) for index in dealt.whole)]
     pieces, sizes = split_pieces(pieces, shard_sizes, lanes=grid.lanes)
-    return deal(pieces, sizes, grid=grid, seed=seed, turn=turn, generation=0)
+    return deal(pieces, sizes, grid=grid, **order)
+
+
+def gather_pieces(pieces: Iterable[Piece], *, turn: int) -> Deal:
+    """Return pieces as what a generation of this pass is dealt from."""
+    whole, parts = [], []
+    for piece in pieces:
+        if piece == Piece(piece.shard, turn):
+            whole.append(piece.shard)
+        else:
+            parts.append(piece)
+    return Deal(tuple(sorted(whole)), tuple(parts))
 
 
 def split_pieces(
@@ -296,8 +353,40 @@ def bytes_left(piece: Piece, shard_sizes: Sequence[int]) -> int:
     return (shard_sizes[piece.shard] - piece.offset) // piece.stride
 
 
+def fit_grid(current: Grid, begun: Grid, *, world_size: int, workers: int) -> Grid:
+    """Return the grid on which so many ranks and workers can go on.
+
+    The current one where they divide it, else the one that the run began with where they divide that, so
+    that ranks which come back bring the batch back; else a new one: as many columns as there were, rounded
+    down to a multiple of the ranks, the largest batch that these divide, and as many rows, rounded down
+    to a multiple of the workers.
+
+    Raises:
+        PositionError: the ranks cannot share the batch.
+    """
+    workers = max(1, workers)
+    for grid in (current, begun):
+        if grid.columns % world_size == 0 and grid.rows % workers == 0:
+            return grid
+    if world_size > begun.batch:
+        raise PositionError(
+            f"{world_size} ranks cannot share the run's global batch of {begun.batch} samples; use fewer"
+        )
+    columns = _multiple_below(begun.columns, world_size)
+    return Grid(
+        batch=begun.batch // columns * columns,
+        columns=columns,
+        rows=_multiple_below(begun.rows, workers),
+        window=begun.window,
+    )
+
+
+def _multiple_below(number: int, factor: int) -> int:
+    return max(factor, number // factor * factor)
+
+
 def check_grid(grid: Grid, *, world_size: int, workers: int) -> None:
-    """Refuse a topology that does not divide the grid.
+    """Refuse a topology that does not divide the grid of a new run.
 
     Raises:
         PositionError: with the numbers that would do.

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from streamswav.errors import PositionError
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import PassedOver
-from streamswav.stream.plan import ORDER_VERSION, Cursor, Grid, Piece, Plan, first_deal
+from streamswav.stream.outcomes import LOST_REASONS, OUTCOMES, PassedOver, Tally, tally_one
+from streamswav.stream.plan import (
+    ORDER_VERSION,
+    Cursor,
+    Deal,
+    Grid,
+    Piece,
+    Plan,
+    gather_pieces,
+    make_plan,
+    remaining,
+)
+
+Tallies = Mapping[str, tuple[Tally, ...]]
 
 
 @dataclass(frozen=True)
@@ -18,18 +30,18 @@ class Position:
     """Everything the stream needs to go on.
 
     Attributes:
-        manifest: digest of the manifest it belongs to.
+        manifest: hash of the manifest it belongs to, or of the part of it that was there then.
         grid: shape of the plan.
         seed: of the order.
+        passes: over each source.
         turn: the pass, from 0.
         generation: how often this pass was dealt again.
         batches: batches given in this generation.
         cursors: by lane; a lane that is not in here has not been opened.
         carried: what the last pass left over, dealt into this one (generation 0).
-        lanes: the pieces of every lane, where the plan is not generation 0's.
-        trained: samples trained, all passes.
-        trained_bytes: their bytes in the shards.
-        quarantined: samples quarantined, by reason, all passes.
+        dealt: what the generation is dealt from, where it is not generation 0.
+        tallies: for each outcome the samples of each source, all passes.
+        reasons: samples passed over, by reason, all passes.
         damages: stretches that could not be parsed, all passes.
         finished: True once all passes are over; `carried` is then the final left-over.
     """
@@ -37,17 +49,50 @@ class Position:
     manifest: str
     grid: Grid
     seed: int
+    passes: tuple[int, ...] = (1,)
     turn: int = 0
     generation: int = 0
     batches: int = 0
     cursors: Mapping[int, Cursor] = field(default_factory=dict)
     carried: tuple[Piece, ...] = ()
-    lanes: tuple[tuple[Piece, ...], ...] | None = None
-    trained: int = 0
-    trained_bytes: int = 0
-    quarantined: Mapping[str, int] = field(default_factory=dict)
+    dealt: Deal | None = None
+    tallies: Tallies = field(default_factory=dict)
+    reasons: Mapping[str, int] = field(default_factory=dict)
     damages: tuple[PassedOver, ...] = ()
     finished: bool = False
+
+    @property
+    def turns(self) -> int:
+        """Passes of the whole run: those over the source that has most."""
+        return max(self.passes)
+
+    @property
+    def trained(self) -> int:
+        """Samples trained, all passes."""
+        return self.total("trained").samples
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes in the shards of the samples trained, all passes."""
+        return self.total("trained").bytes
+
+    def total(self, outcome: str) -> Tally:
+        """Return the tally of an outcome over all sources."""
+        return sum(self.tallies.get(outcome, ()), Tally())
+
+    def covered(self, manifest: Manifest) -> int:
+        """Return how many of the manifest's shards this position knows; the others came later.
+
+        Raises:
+            PositionError: it belongs to another manifest.
+        """
+        covered = manifest.covered(self.manifest)
+        if covered is None:
+            raise PositionError(
+                f"the run's position belongs to manifest {self.manifest}, these shards are {manifest.digest}:"
+                " stream.urls lead elsewhere, or shards changed; use another run.directory for them"
+            )
+        return covered
 
     def plan(self, manifest: Manifest) -> Plan:
         """Return the plan this position is in.
@@ -55,27 +100,33 @@ class Position:
         Raises:
             PositionError: it belongs to another manifest.
         """
-        if self.manifest != manifest.digest:
-            raise PositionError(
-                f"the run's position belongs to manifest {self.manifest}, these shards are {manifest.digest}:"
-                " stream.urls lead elsewhere, or shards changed; use another run.directory for them"
-            )
-        if self.lanes is not None:
-            return Plan(self.grid, self.seed, self.turn, self.generation, self.lanes)
+        dealt = self.dealt
+        if dealt is None:
+            covered = self.covered(manifest)
+            whole = manifest.of_turn(self.turn, self.passes, seed=self.seed, covered=covered)
+            dealt = Deal(whole, self.carried)
         sizes = [shard.size for shard in manifest.shards]
-        return first_deal(sizes, self.carried, grid=self.grid, seed=self.seed, turn=self.turn)
+        order = {"seed": self.seed, "turn": self.turn, "generation": self.generation}
+        return make_plan(dealt, sizes, grid=self.grid, **order)
 
-    def advance(
-        self, cursors: Mapping[int, Cursor], *, batches: int, samples: int, sample_bytes: int
-    ) -> Position:
+    def left(self, manifest: Manifest) -> list[Piece]:
+        """Return what is left of this pass, or of the run where it is finished.
+
+        Raises:
+            PositionError: it belongs to another manifest.
+        """
+        return list(self.carried) if self.finished else remaining(self.plan(manifest), self.cursors)
+
+    def advance(self, cursors: Mapping[int, Cursor], *, batches: int) -> Position:
         """Return the position after `batches` more batches of this generation."""
-        return replace(
-            self,
-            batches=self.batches + batches,
-            cursors={**self.cursors, **cursors},
-            trained=self.trained + samples,
-            trained_bytes=self.trained_bytes + sample_bytes,
-        )
+        return replace(self, batches=self.batches + batches, cursors={**self.cursors, **cursors})
+
+    def count(self, outcome: str, by_source: Iterable[tuple[int, Tally]]) -> Position:
+        """Return the position with samples of an outcome added, given as (source, tally)."""
+        tallies = list(self.tallies.get(outcome) or [Tally()] * len(self.passes))
+        for source, tally in by_source:
+            tallies[source] += tally
+        return replace(self, tallies={**self.tallies, outcome: tuple(tallies)})
 
     def unknown(self, found: Sequence[PassedOver]) -> list[PassedOver]:
         """Return what is new of this; damages may be met by several readers, and again after a restart."""
@@ -89,26 +140,70 @@ class Position:
             fresh.append(each)
         return fresh
 
-    def record(self, fresh: Sequence[PassedOver]) -> Position:
-        """Return the position with what was quarantined, all of it new."""
-        if not fresh:
-            return self
-        counts = Counter(self.quarantined)
-        counts.update(each.reason for each in fresh if each.ordinal is not None)
+    def record(self, fresh: Sequence[PassedOver], manifest: Manifest) -> Position:
+        """Return the position with what was passed over, all of it new."""
+        position = self
+        for outcome in OUTCOMES:
+            samples = [each for each in fresh if each.ordinal is not None and each.outcome == outcome]
+            if samples:
+                position = position.count(outcome, (_tally(each, manifest) for each in samples))
+        reasons = Counter(position.reasons)
+        reasons.update(each.reason for each in fresh if each.ordinal is not None)
         damages = (each for each in fresh if each.ordinal is None)
-        return replace(self, quarantined=dict(counts), damages=(*self.damages, *damages))
+        return replace(position, reasons=dict(reasons), damages=(*self.damages, *damages))
+
+    @property
+    def lost_bytes(self) -> int:
+        """Bytes of shards that went missing or were changed."""
+        return sum(each.stop - each.start for each in self.damages if each.reason in LOST_REASONS)
+
+    def deal_again(self, dealt: Deal, *, manifest: str | None = None, grid: Grid | None = None) -> Position:
+        """Return the position at the start of a new generation of this pass."""
+        return replace(
+            self,
+            manifest=manifest or self.manifest,
+            grid=grid or self.grid,
+            generation=self.generation + 1,
+            batches=0,
+            cursors={},
+            carried=(),
+            dealt=dealt,
+        )
+
+    def on_grid(self, manifest: Manifest, grid: Grid) -> Position:
+        """Return the position with what is left dealt into another grid."""
+        if grid == self.grid:
+            return self
+        if self.finished:
+            return replace(self, grid=grid)
+        return self.deal_again(gather_pieces(self.left(manifest), turn=self.turn), grid=grid)
+
+    def next_turn(self, left: Sequence[Piece]) -> Position:
+        """Return the position at the start of the next pass, which begins with what this one left over."""
+        return replace(
+            self,
+            turn=self.turn + 1,
+            generation=0,
+            batches=0,
+            cursors={},
+            carried=tuple(left),
+            dealt=None,
+            finished=self.turn + 1 >= self.turns,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `from_json` reads."""
-        values = {name: getattr(self, name) for name in _PLAIN}
+        tallies = self.tallies.items()
         return {
             "order_version": ORDER_VERSION,
-            **values,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "passes": list(self.passes),
             "grid": asdict(self.grid),
-            "quarantined": dict(self.quarantined),
+            "tallies": {outcome: [each.to_json() for each in by_source] for outcome, by_source in tallies},
+            "reasons": dict(self.reasons),
             "cursors": {str(lane): cursor.to_json() for lane, cursor in sorted(self.cursors.items())},
             "carried": [piece.to_json() for piece in self.carried],
-            "lanes": self.lanes and [[piece.to_json() for piece in lane] for lane in self.lanes],
+            "dealt": self.dealt and self.dealt.to_json(),
             "damages": [asdict(damage) for damage in self.damages],
         }
 
@@ -124,29 +219,29 @@ class Position:
                 f"the position was written with sample order {values['order_version']}, this version has "
                 f"{ORDER_VERSION}: finish the pass with the version that began it"
             )
-        lanes = values["lanes"]
+        tallies = values["tallies"].items()
         return Position(
             **{name: values[name] for name in _PLAIN},
+            passes=tuple(values["passes"]),
             grid=Grid(**values["grid"]),
-            quarantined=dict(values["quarantined"]),
+            tallies={outcome: tuple(map(Tally.from_json, by_source)) for outcome, by_source in tallies},
+            reasons=dict(values["reasons"]),
             cursors={int(lane): Cursor.from_json(each) for lane, each in values["cursors"].items()},
             carried=tuple(Piece.from_json(each) for each in values["carried"]),
-            lanes=lanes and tuple(tuple(Piece.from_json(each) for each in lane) for lane in lanes),
+            dealt=values["dealt"] and Deal.from_json(values["dealt"]),
             damages=tuple(PassedOver(**each) for each in values["damages"]),
         )
+
+
+def _tally(each: PassedOver, manifest: Manifest) -> tuple[int, Tally]:
+    """Source and tally of one sample."""
+    assert each.ordinal is not None
+    shard = manifest.shards[each.shard]
+    return shard.source, tally_one(shard.digest, each.turn, each.ordinal, each.start, each.stop)
 
 
 def _place(damage: PassedOver) -> tuple[int, int, int]:
     return damage.turn, damage.shard, damage.start
 
 
-_PLAIN = (
-    "manifest",
-    "seed",
-    "turn",
-    "generation",
-    "batches",
-    "trained",
-    "trained_bytes",
-    "finished",
-)
+_PLAIN = ("manifest", "seed", "turn", "generation", "batches", "finished")

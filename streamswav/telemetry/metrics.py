@@ -11,10 +11,10 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 PREFIX = "streamswav"
-RUN_STATES = ("init", "training", "evaluating", "checkpoint", "draining", "done", "failed")
+RUN_STATES = ("init", "training", "waiting", "evaluating", "checkpoint", "draining", "done", "failed")
 PHASES = ("data_wait", "h2d", "forward_backward", "checkpoint", "other")
 STAGES = ("fetch", "parse", "decode", "collate")
-SAMPLE_OUTCOMES = ("trained", "quarantined")
+SAMPLE_OUTCOMES = ("trained", "excluded", "filtered", "quarantined", "skipped_step")
 REQUEST_OUTCOMES = ("ok", "throttled", "error", "timeout")
 _STEP_BUCKETS = tuple(0.05 * 1.5**i for i in range(15))
 
@@ -63,7 +63,7 @@ class Metrics:
         )
         self.s3_received_bytes = self._counter("s3_received_bytes", "Bytes received for rank 0's batches")
         self.stage_seconds = self._counter("stage_seconds", "Time of the loader processes by stage", "stage")
-        self.stream_shards = self._gauge("stream_shards", "Shards of the manifest", "state")
+        self.stream_shards = self._gauge("stream_shards", "Shards in the manifest, and those lost", "state")
         self._begin()
 
     def set_state(self, state: str) -> None:
@@ -87,6 +87,8 @@ class Metrics:
             (self.s3_requests, REQUEST_OUTCOMES),
             (self.checkpoints, ("ok", "failed")),
         )
+        for state in ("manifest", "lost"):
+            self.stream_shards.labels(state)
         for counter, values in known:
             for value in values:
                 counter.labels(value)

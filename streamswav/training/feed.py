@@ -6,6 +6,8 @@ gloo on the CPU that they hold it, and whether anybody wants to drain, save or g
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,23 +15,26 @@ from streamswav.crops import MultiCrop
 from streamswav.errors import BudgetSpentError, ManifestError
 from streamswav.loader import Batch, Exhausted, Failed, Item, LaneBatches, open_loader
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import PassedOver
+from streamswav.stream.outcomes import LOST_REASONS, PassedOver, Tally
 from streamswav.stream.plan import (
     Cursor,
+    Deal,
     Piece,
     Plan,
     bytes_left,
     check_grid,
-    deal,
-    deal_samples,
+    gather_pieces,
     remaining,
-    split_pieces,
     without,
 )
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import name_samples
+from streamswav.stream.select import Selection
 from streamswav.training.distributed import Ranks
+from streamswav.training.growth import Growth
+
+_LOOK_UP_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,30 +42,53 @@ class FeedSettings:
     """What the feed needs of the configuration.
 
     Attributes:
-        passes: over the manifest.
         workers: loader processes a rank.
         prefetch: batches ahead, a worker.
         skip_ratio: share of samples that may be quarantined.
         skip_probation: samples before the share is looked at.
+        shard_ratio: share of the manifest's bytes in shards that may be missing or changed.
     """
 
-    passes: int
     workers: int
     prefetch: int
     skip_ratio: float
     skip_probation: int
+    shard_ratio: float = 0.001
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the feed asks of those around it, and tells them.
+
+    Attributes:
+        drain: whether this rank was asked to stop.
+        wants_save: whether rank 0 wishes a checkpoint after the next step.
+        wants_log: whether rank 0 wishes a log line after the next step.
+        on_passed_over: called on every rank for each stretch that is quarantined, as it is agreed.
+        on_idle: called on every rank with True when a followed stream has nothing left, and with False once
+            there is something again.
+        on_grown: called on every rank with the manifest to which new shards came.
+    """
+
+    drain: Callable[[], bool] = lambda: False
+    wants_save: Callable[[], bool] = lambda: False
+    wants_log: Callable[[], bool] = lambda: False
+    on_passed_over: Callable[[PassedOver], None] = lambda _: None
+    on_idle: Callable[[bool], None] = lambda _: None
+    on_grown: Callable[[Manifest], None] = lambda _: None
 
 
 class Feed:
     """Iterates over this rank's batches and keeps the position that the trainer commits.
 
     Attributes:
+        manifest: the shards; it grows where the stream is followed.
         position: the position of all ranks: what is quarantined as of now, all else as of the last
             `synchronise`.
         drained: a rank was asked to stop; the iteration has ended early, on all ranks alike.
         save_agreed: rank 0 wishes a checkpoint after this step.
         log_agreed: rank 0 wishes a log line after this step.
-        unwritten: what was quarantined since the list was emptied last.
+        unwritten: what was passed over since the list was emptied last; complete after `synchronise`.
     """
 
     def __init__(
@@ -72,18 +100,19 @@ class Feed:
         reader: ShardReader,
         crop: MultiCrop,
         ranks: Ranks,
-        drain: Callable[[], bool] = lambda: False,
-        wants_save: Callable[[], bool] = lambda: False,
-        wants_log: Callable[[], bool] = lambda: False,
-        on_quarantined: Callable[[PassedOver], None] = lambda _: None,
+        select: Selection | None = None,
+        growth: Growth | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         check_grid(position.grid, world_size=ranks.world_size, workers=settings.workers)
         self.manifest, self.position = manifest, position
         self._settings, self._reader, self._crop, self._ranks = settings, reader, crop, ranks
-        self._drain, self._wants_save, self._wants_log = drain, wants_save, wants_log
-        self._on_quarantined = on_quarantined
+        self._select, self._growth = select or Selection.none(), growth
+        self._hooks = hooks or Hooks()
         self._sizes = [shard.size for shard in manifest.shards]
         self._cursors: dict[int, Cursor] = {}
+        self._tallies: defaultdict[int, Tally] = defaultdict(Tally)
+        self._passed: list[PassedOver] = []
         self._sample_bytes = 0
         self._batches = 0
         self.drained = False
@@ -103,7 +132,7 @@ class Feed:
     @property
     def skipped(self) -> int:
         """Samples and stretches quarantined by all ranks, this moment."""
-        return sum(self.position.quarantined.values()) + len(self.position.damages)
+        return self.position.total("quarantined").samples + len(self.position.damages)
 
     def __iter__(self) -> Iterator[Batch]:
         while not (self.position.finished or self.drained):
@@ -115,20 +144,22 @@ class Feed:
     def commit(self, batch: Batch) -> None:
         """Advance the position past a batch whose optimizer step is done."""
         self._cursors.update(batch.cursors)
+        for source, tally in batch.trained.items():
+            self._tallies[source] += tally
+        self._passed += batch.passed
         self._batches += 1
         self._sample_bytes += batch.sample_bytes
         self._record(batch.quarantined)
 
     def synchronise(self) -> Position:
         """Bring all ranks' commits together; every rank must call this after the same step."""
-        shares = self._ranks.gather(self._cursors)
-        self.position = self.position.advance(
-            {lane: cursor for share in shares for lane, cursor in share.items()},
-            batches=self._batches,
-            samples=self._batches * self.position.grid.batch,
-            sample_bytes=self._sample_bytes,
-        )
-        self._cursors, self._batches, self._sample_bytes = {}, 0, 0
+        shares = self._ranks.gather((self._cursors, dict(self._tallies), self._passed))
+        cursors = {lane: cursor for own, _, _ in shares for lane, cursor in own.items()}
+        position = self.position.advance(cursors, batches=self._batches)
+        self.position = position.count("trained", (pair for _, own, _ in shares for pair in own.items()))
+        self._cursors, self._passed, self._batches, self._sample_bytes = {}, [], 0, 0
+        self._tallies.clear()
+        self._record([each for _, _, own in shares for each in own])
         return self.position
 
     def _generation(self, plan: Plan) -> Generator[Batch, None, tuple[PassedOver, ...]]:
@@ -142,7 +173,9 @@ class Feed:
             cursors=self._own(self.position.cursors),
             first=self.position.batches,
             columns=self._columns(),
+            manifest=self.manifest,
             reader=self._reader,
+            select=self._select,
             crop=self._crop,
         )
         settings, pin_memory = self._settings, self._ranks.device.type == "cuda"
@@ -150,7 +183,7 @@ class Feed:
             batches, workers=settings.workers, prefetch=settings.prefetch, pin_memory=pin_memory
         ) as items:
             for item in items:
-                if item is None and not self._drain():
+                if item is None and not self._hooks.drain():
                     continue
                 batch, quarantined = self._agree(item)
                 if batch is None:
@@ -171,13 +204,13 @@ class Feed:
         Raises:
             StreamswavError: the first rank's that has one, on all ranks.
         """
-        found = item.quarantined if isinstance(item, Batch | Exhausted) else ()
+        found = _bad(item)
         wishes = [
             isinstance(item, Failed),
             isinstance(item, Exhausted),
-            self._drain(),
-            self._ranks.leads and self._wants_save(),
-            self._ranks.leads and self._wants_log(),
+            self._hooks.drain(),
+            self._ranks.leads and self._hooks.wants_save(),
+            self._ranks.leads and self._hooks.wants_log(),
             len(found),
             item.sample_bytes if isinstance(item, Batch) else 0,
         ]
@@ -193,23 +226,50 @@ class Feed:
         # Where the batch cannot be filled, those that hold their share will read it again.
         counted = () if exhausted and not isinstance(item, Exhausted) else found
         bad = tuple(each for share in self._ranks.gather(counted) for each in share) if skipped else ()
-        self._check_budget(bad)
+        if skipped or self.skipped:
+            self._check_budget(bad)
         if exhausted:
             return None, bad
         assert isinstance(item, Batch)
         return replace(item, quarantined=bad, sample_bytes=sample_bytes), ()
 
     def _check_budget(self, found: Sequence[PassedOver]) -> None:
-        skipped = self.skipped + len(found)
+        """Hold what is quarantined, and what is found now, to the two budgets."""
+        found = [each for each in self.position.unknown(found) if each.outcome == "quarantined"]
+        self._check_lost([each for each in found if each.reason in LOST_REASONS])
+        skipped = self._weigh([*self.position.damages, *found])
+        skipped += self.position.total("quarantined").samples
         seen = self.trained + skipped
         if seen < self._settings.skip_probation or skipped <= self._settings.skip_ratio * seen:
             return
-        latest = [*self.unwritten, *found][-3:]
-        shown = "; ".join(map(self.describe, latest)) or "listed with the checkpoints"
         raise BudgetSpentError(
             f"{skipped} of {seen} samples could not be used, more than stream.skip_ratio = "
-            f"{self._settings.skip_ratio} allows; the latest: {shown}"
+            f"{self._settings.skip_ratio} allows; the latest: {self._evidence(found)}"
         )
+
+    def _weigh(self, found: Sequence[PassedOver]) -> int:
+        """Samples that these stand for: a damage for as many as its bytes usually hold, one at least."""
+        trained, size = self.trained, self.committed_bytes
+        mean = size / trained if trained else float("inf")
+        return sum(
+            1 if each.ordinal is not None else max(1, round((each.stop - each.start) / mean))
+            for each in found
+            if each.reason not in LOST_REASONS
+        )
+
+    def _check_lost(self, found: Sequence[PassedOver]) -> None:
+        lost = self.position.lost_bytes + sum(each.stop - each.start for each in found)
+        if found and lost > self._settings.shard_ratio * self.manifest.size:
+            raise BudgetSpentError(
+                f"{lost:,} bytes of {self.manifest.size:,} are in shards that are gone or were changed, more "
+                f"than stream.shard_ratio = {self._settings.shard_ratio} allows; the latest: "
+                f"{self._evidence(found)}; bring them back and start again, or raise it"
+            )
+
+    def _evidence(self, found: Sequence[PassedOver]) -> str:
+        known = (each for each in self.unwritten if each.outcome == "quarantined")
+        latest = [*known, *found][-3:]
+        return "; ".join(map(self.describe, latest)) or "listed with the checkpoints"
 
     def describe(self, quarantined: PassedOver) -> str:
         """Name a quarantined stretch for people: shard, bytes, key, reason."""
@@ -229,28 +289,63 @@ class Feed:
         return {lane: each for lane, each in cursors.items() if lane % self.position.grid.columns in columns}
 
     def _deal_again(self, plan: Plan, gone: Sequence[PassedOver]) -> None:
-        """Deal what is left of the pass into a new generation, or end the pass."""
+        """Deal what is left of the pass, and what came since, into a new generation, or end the pass."""
         progressed = self._batches > 0 or self.position.batches > 0
         self.synchronise()
         self._record(gone)
         consumed = [(each.shard, each.turn, each.ordinal) for each in gone if each.ordinal is not None]
         left = without(remaining(plan, self.position.cursors), consumed)
-        order = {"seed": plan.seed, "turn": plan.turn, "generation": plan.generation + 1}
-        if progressed and self._estimate(left) > 2 * plan.grid.batch * plan.grid.rows:
-            pieces, sizes = split_pieces(left, self._sizes, lanes=plan.grid.lanes)
-            self._enter(deal(pieces, sizes, grid=plan.grid, **order))
+        new = self._take_new()
+        many = progressed and self._estimate(left) > 2 * plan.grid.batch * plan.grid.rows
+        if new or many:
+            self._enter(gather_pieces([*left, *new], turn=plan.turn))
             return
         named = self._name(left)
         samples = sum(len(piece.named() or ()) for piece in named)
         if samples >= plan.grid.batch:
-            self._enter(deal_samples(named, grid=plan.grid, **order))
-        else:
+            self._enter(Deal(pieces=tuple(named), one_by_one=True))
+        elif self._growth is None:
             self._end_pass(named, samples)
+        else:
+            self._enter(Deal(pieces=tuple(named), one_by_one=True))
+            self._await_new(named, samples)
 
-    def _enter(self, plan: Plan) -> None:
-        self.position = replace(
-            self.position, generation=plan.generation, batches=0, cursors={}, carried=(), lanes=plan.lanes
-        )
+    def _enter(self, dealt: Deal) -> None:
+        self.position = self.position.deal_again(dealt, manifest=self.manifest.digest)
+
+    def _take_new(self) -> list[Piece]:
+        """Return the shards that the position does not cover yet, after a look at what came since."""
+        if self._growth is not None:
+            grown = self._ranks.lead(self._growth.take)
+            if grown:
+                self.manifest = self.manifest.grown(*grown)
+                self._reader.manifest = self.manifest
+                self._sizes = [shard.size for shard in self.manifest.shards]
+                self._hooks.on_grown(self.manifest)
+        covered = self.position.covered(self.manifest)
+        return [Piece(index, self.position.turn) for index in range(covered, len(self.manifest.shards))]
+
+    def _await_new(self, named: Sequence[Piece], samples: int) -> None:
+        """Wait until there is something new, nothing came for too long, or a drain is asked for."""
+        assert self._growth is not None
+        self._hooks.on_idle(True)
+        began = time.monotonic()
+        while True:
+            waited = time.monotonic() - began
+            drain, late = self._ranks.total(
+                [self._hooks.drain(), self._ranks.leads and self._growth.given_up(waited)]
+            )
+            if drain:
+                self.drained = True
+                return
+            if new := self._take_new():
+                self._hooks.on_idle(False)
+                self._enter(gather_pieces([*named, *new], turn=self.position.turn))
+                return
+            if late:
+                self._end_pass(named, samples)
+                return
+            time.sleep(_LOOK_UP_SECONDS)
 
     def _estimate(self, left: Sequence[Piece]) -> float:
         """Samples in the pieces, from the mean size of those trained so far."""
@@ -260,17 +355,23 @@ class Feed:
 
     def _name(self, left: Sequence[Piece]) -> list[Piece]:
         """Rank 0 scans what is left, for all."""
-        named, damages = self._ranks.lead(lambda: name_samples(left, self._reader.open))
-        self._record(damages)
+        shards, select = self.manifest.shards, self._select
+        named, passed = self._ranks.lead(
+            lambda: name_samples(
+                left, self._reader.open, lambda shard, sample: select.judge(sample, shards[shard].key)
+            )
+        )
+        self._check_budget(passed)
+        self._record(passed)
         return named
 
     def _record(self, found: Sequence[PassedOver]) -> None:
-        """Keep account of what was quarantined; a damage that is met again counts once."""
+        """Keep account of what was passed over; a damage that is met again counts once."""
         fresh = self.position.unknown(found)
-        self.position = self.position.record(fresh)
+        self.position = self.position.record(fresh, self.manifest)
         self.unwritten += fresh
         for each in fresh:
-            self._on_quarantined(each)
+            self._hooks.on_passed_over(each)
 
     def _end_pass(self, left: Sequence[Piece], samples: int) -> None:
         """Carry the left-over into the next pass, or finish.
@@ -279,18 +380,20 @@ class Feed:
             ManifestError: not one batch could be filled.
         """
         if self.position.trained == 0:
+            passed = sum(self.position.total(outcome).samples for outcome in ("excluded", "filtered"))
+            hint = f", {passed} more were excluded or filtered" if passed else ""
             raise ManifestError(
-                f"the shards hold {samples} usable samples, fewer than one global batch "
+                f"the shards hold {samples} usable samples{hint}, fewer than one global batch "
                 f"(training.batch = {self.position.grid.batch}); lower it or add data"
             )
-        turn = self.position.turn + 1
-        self.position = replace(
-            self.position,
-            turn=turn,
-            generation=0,
-            batches=0,
-            cursors={},
-            carried=tuple(left),
-            lanes=None,
-            finished=turn >= self._settings.passes,
-        )
+        self.position = self.position.next_turn(left)
+
+
+def _bad(item: Item | None) -> tuple[PassedOver, ...]:
+    """What all ranks must hear of now: what is quarantined; at the end of a generation all of it."""
+    match item:
+        case Batch():
+            return item.quarantined
+        case Exhausted():
+            return (*item.quarantined, *item.passed)
+    return ()

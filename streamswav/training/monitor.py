@@ -12,7 +12,7 @@ import torch
 from streamswav.errors import NonFiniteError, StreamswavError
 from streamswav.loader import Batch
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import PassedOver
+from streamswav.stream.outcomes import LOST_REASONS, PassedOver
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Progress, Reporter
 from streamswav.training.checkpoint import Checkpoint
@@ -113,10 +113,24 @@ class Monitor:
             metrics.s3_received_bytes.inc(received)
         self._stepped, self._trained = now, images
 
-    def quarantined(self, each: PassedOver) -> None:
+    def passed_over(self, each: PassedOver) -> None:
         """Record bytes that are not trained."""
-        self.metrics.samples.labels("quarantined").inc(each.ordinal is not None)
-        self.metrics.quarantined_bytes.labels(each.reason).inc(each.stop - each.start)
+        self.metrics.samples.labels(each.outcome).inc(each.ordinal is not None)
+        if each.outcome == "quarantined":
+            self.metrics.quarantined_bytes.labels(each.reason).inc(each.stop - each.start)
+        if each.reason in LOST_REASONS:
+            self.metrics.stream_shards.labels("lost").inc()
+            self._reporter.event("lost_shard", f"shard {each.shard} of the manifest: {each.reason}")
+
+    def waiting(self, idle: bool) -> None:
+        """Tell that a followed stream has nothing left for now, or has something again."""
+        if idle:
+            self._reporter.event("waiting", "everything listed is trained: waiting for new shards")
+        self._enter("waiting" if idle else "training")
+
+    def grown(self, manifest: Manifest) -> None:
+        """Record that shards joined the run."""
+        self.metrics.stream_shards.labels("manifest").set(len(manifest.shards))
 
     def log(self, *, step: int, images: int, fraction: float, rate: float, quarantined: int) -> None:
         """Read the loss from the device, tell it; every rank must call this after the same step.

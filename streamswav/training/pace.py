@@ -47,26 +47,29 @@ class Pace:
         return min(1.0, (sample_bytes if self.in_bytes else images) / self.total)
 
 
-def make_pace(config: Config, manifest_bytes: int, bytes_per_image: float | None = None) -> Pace:
+def make_pace(
+    config: Config, *, samples: int | None, size: int, bytes_per_image: float | None = None
+) -> Pace:
     """Build the pace of a resolved configuration.
 
     Args:
         config: with batch and rate chosen.
-        manifest_bytes: of all shards, once.
+        samples: of all passes, where that is known.
+        size: bytes of the shards of all passes.
         bytes_per_image: estimate of a sample's mean size, by which the bounds of warm-up, freeze and queue
             start, which are images, hold in bytes too; None: not known, and their shares are not bounded.
 
     Raises:
         ConfigError: amounts of images are given, but the number of samples is not known.
     """
-    passes, batch = config.stream.passes, config.training.batch
+    batch = config.training.batch
     assert batch is not None
-    in_bytes = config.stream.samples is None and config.training.images is None
+    in_bytes = samples is None and config.training.images is None
     if in_bytes:
         _refuse_images(config)
-        total = manifest_bytes * passes
+        total = size
     else:
-        known = config.stream.samples * passes // batch * batch if config.stream.samples else 1 << 62
+        known = 1 << 62 if samples is None else samples // batch * batch
         total = min(known, config.training.images or known)
     optimizer, swav = config.optimizer, config.swav
     assert optimizer.rate is not None

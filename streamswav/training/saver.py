@@ -12,6 +12,7 @@ import torch
 
 from streamswav.config import Config, dump_config
 from streamswav.errors import CheckpointError
+from streamswav.stream.outcomes import OUTCOMES
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, pack, read_checkpoint, unpack
@@ -87,7 +88,7 @@ class Saver:
         by_rank = self._ranks.gather({"queue": state.pop("queue"), "random": torch.get_rng_state()})
 
         def write() -> Checkpoint:
-            self._write_quarantined(feed, step)
+            self._write_passed_over(feed, step)
             files = {
                 "model.pt": pack(state),
                 "ranks.pt": pack(by_rank),
@@ -106,15 +107,17 @@ class Saver:
         feed.unwritten.clear()
         return self.last
 
-    def _write_quarantined(self, feed: Feed, step: int) -> None:
-        """List what was not trained since the last checkpoint, in a file that no checkpoint's end removes.
+    def _write_passed_over(self, feed: Feed, step: int) -> None:
+        """List what was not trained since the last checkpoint, in files that no checkpoint's end removes.
 
         After a crash the same entries may come in two of these files, alike to the letter.
         """
-        if feed.unwritten:
-            place = join(self._config.run.directory, "quarantined", f"step-{step:09d}.jsonl")
-            named = ({**asdict(each), "shard": feed.shard_key(each)} for each in feed.unwritten)
-            self._store.write(place, "".join(json.dumps(each) + "\n" for each in named).encode())
+        for outcome in OUTCOMES:
+            found = [each for each in feed.unwritten if each.outcome == outcome]
+            if found:
+                named = ({**asdict(each), "shard": feed.shard_key(each)} for each in found)
+                lines = "".join(json.dumps(each) + "\n" for each in named)
+                self._store.write(outcome_list(self._config.run.directory, outcome, step), lines.encode())
 
     def restore(self) -> Restored | None:
         """Read the newest whole checkpoint, chosen by rank 0 for all; None where the run is new.
@@ -155,14 +158,24 @@ class Saver:
         self._folder.prune(saved, keep=self._config.checkpoint.keep)
 
 
+def outcome_list(directory: str, outcome: str, step: int) -> str:
+    """Return the URL of the list of what met this outcome before a step, and since the save before it."""
+    return join(directory, outcome, f"step-{step:09d}.jsonl")
+
+
 def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int) -> None:
-    """Give a learner what was restored, on this number of ranks.
+    """Give a learner what was restored, on this number of ranks and for this global batch.
 
     Raises:
         CheckpointError: the state does not fit the learner.
     """
     queues = [state["queue"] for state in restored.by_rank]
-    own = queues[0] and {"features": _own_queue([each["features"] for each in queues], ranks, batch)}
+    saved = restored.position.grid.batch
+    features = [each["features"] for each in queues] if queues[0] else []
+    length = learner.queue.features.shape[1] if learner.queue is not None else 0
+    own = queues[0]
+    if length and features:
+        own = {"features": _own_queue(features, ranks, saved=saved, batch=batch, length=length)}
     learner.load_state_dict({**restored.shared, "queue": own})
     if ranks.world_size == len(restored.by_rank):
         torch.set_rng_state(restored.by_rank[ranks.rank]["random"])
@@ -204,14 +217,20 @@ def refuse_other_model(checkpoint: Checkpoint, here: Mapping[str, Any]) -> None:
                 )
 
 
-def _own_queue(features: list[torch.Tensor], ranks: Ranks, batch: int) -> torch.Tensor:
+def _own_queue(
+    features: list[torch.Tensor], ranks: Ranks, *, saved: int, batch: int, length: int
+) -> torch.Tensor:
     """This rank's part of the queues [A, length, D] of all ranks that saved.
 
     A queue is a row of batches, the newest first, and each rank holds its share of every batch; so the
-    shares are put together batch by batch before they are divided among the ranks that there are now.
+    shares are put together batch by batch before they are divided among the ranks that there are now. Where
+    the batch has another size now, the oldest embeddings fall out, or their place is empty for a while.
     """
-    if len(features) == ranks.world_size:
+    if len(features) == ranks.world_size and saved == batch:
         return features[ranks.rank]
-    share = batch // len(features)
-    whole = torch.cat([each.view(len(each), -1, share, each.shape[2]) for each in features], dim=2)
-    return whole.chunk(ranks.world_size, dim=2)[ranks.rank].flatten(1, 2)
+    share, dim = saved // len(features), features[0].shape[2]
+    by_batch = torch.cat([each.view(len(each), -1, share, dim) for each in features], dim=2)
+    whole = by_batch.flatten(1, 2)
+    want = length * ranks.world_size
+    whole = torch.nn.functional.pad(whole[:, :want], (0, 0, 0, max(0, want - whole.shape[1])))
+    return whole.view(len(whole), -1, batch, dim).chunk(ranks.world_size, dim=2)[ranks.rank].flatten(1, 2)

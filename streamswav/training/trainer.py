@@ -64,6 +64,7 @@ class Trainer:
             self.step += 1
             monitor.stepped(batch, result, step=self.step, images=feed.trained, rate=stride.rate)
             if feed.log_agreed or feed.save_agreed:  # a checkpoint must not hold what is not finite
+                feed.synchronise()
                 self._log(stride.rate)
             if feed.save_agreed:
                 self._save()
@@ -73,6 +74,13 @@ class Trainer:
         self._save()
         if feed.drained:
             raise DrainedError(f"drained after a signal at step {self.step}: the same command continues")
+
+    def idle(self, idle: bool) -> None:
+        """Save before a wait for new shards that may be long; every rank is called after the same step."""
+        self._monitor.waiting(idle)
+        if idle and self.step:
+            self._log(self._pace.stride(self._feed.trained, self._feed.committed_bytes).rate)
+            self._save()
 
     @property
     def done(self) -> bool:

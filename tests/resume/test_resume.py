@@ -10,6 +10,7 @@ import yaml
 from runs import arguments, differences, newest, run, start, state_of
 
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
+from streamswav.stream.position import Position
 
 COUNTS = [25, 14, 31, 20, 9, 22]
 SAMPLES = sum(COUNTS)
@@ -65,7 +66,7 @@ def saved(outcome):
 def test_the_run_goes_through_freeze_queue_and_two_passes(whole):
     _, outcome, state = whole
     assert state["position"]["turn"] == PASSES
-    assert state["position"]["trained"] == STEPS * 16
+    assert Position.from_json(state["position"]).trained == STEPS * 16
     assert state["position"]["finished"]
     queue = state["ranks.pt/.0.queue.features"]
     assert queue.shape[1] == 32

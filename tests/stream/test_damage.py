@@ -91,7 +91,7 @@ def test_a_run_survives_damage_and_counts_it(survived):
     assert outcome.code == EXIT_DONE, outcome.err
     assert outcome.said == []
     position = json.loads((newest(folder) / "position.json").read_text())
-    assert position["quarantined"] == {"not_an_image": 2, "truncated": 4, "no_image": 2}
+    assert position["reasons"] == {"not_an_image": 2, "truncated": 4, "no_image": 2}
     damages = {(each["turn"], each["shard"], each["reason"]) for each in position["damages"]}
     assert damages == {(turn, *where) for turn in (0, 1) for where in ((1, "truncated"), (2, "bad_header"))}
     stream = json.loads((folder / "summary.json").read_text())["stream"]
@@ -163,8 +163,8 @@ def make_feed(folder, grid, *, passes=2, skip_ratio=1.0):
     section = CropsSection(sizes=[8], counts=[2], scales=[(0.3, 1.0)])
     return Feed(
         manifest,
-        Position(manifest.digest, grid, seed=3),
-        settings=FeedSettings(passes, workers=0, prefetch=1, skip_ratio=skip_ratio, skip_probation=0),
+        Position(manifest.digest, grid, 3, (passes,)),
+        settings=FeedSettings(workers=0, prefetch=1, skip_ratio=skip_ratio, skip_probation=0),
         reader=ShardReader(manifest, storage, read_ahead=1),
         crop=MultiCrop(section, seed=3),
         ranks=Ranks(),

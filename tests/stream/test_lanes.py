@@ -1,96 +1,18 @@
 """Every sample exactly once, whatever the shards, the grid, the topology and the interruptions."""
 
-import io
-import itertools
 import json
-import tarfile
 from collections import Counter
-from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import Simulation, make_tar, manifest_of
 
-from streamswav.stream.plan import (
-    Grid,
-    Piece,
-    bytes_left,
-    deal,
-    deal_samples,
-    first_deal,
-    remaining,
-    split_pieces,
-)
+from streamswav.errors import PositionError
+from streamswav.stream.plan import Deal, Grid, Piece, fit_grid, gather_pieces
 from streamswav.stream.position import Position
-from streamswav.stream.samples import LaneReader, name_samples
-from streamswav.stream.tar import read_samples
 
-
-def make_tar(count: int) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in range(count):
-            member = tarfile.TarInfo(f"{number:05d}.jpg")
-            data = bytes(100 + 37 * number % 900)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def opener(tars: list[bytes]):
-    def open_piece(piece: Piece):
-        data = tars[piece.shard]
-        return read_samples([data[piece.offset :]], size=len(data), start=piece.offset, ordinal=piece.ordinal)
-
-    return open_piece
-
-
-def take_batch(plan, number, readers, open_piece, cursors):
-    """One global batch, or None where a lane cannot fill its share."""
-    taken = []
-    for column in range(plan.grid.columns):
-        lane = plan.grid.lane(number % plan.grid.rows, column)
-        reader = readers.setdefault(lane, LaneReader(plan, lane, open_piece, cursors.get(lane)))
-        share = list(itertools.islice(reader, plan.grid.share))
-        if len(share) < plan.grid.share:
-            return None
-        taken += share
-    return taken
-
-
-def run_pass(tars, grid, seed, stops, *, restart=True):
-    """Read a whole pass as the feed does; after each of `stops` batches through JSON, with fresh readers."""
-    open_piece = opener(tars)
-    sizes = [len(tar) for tar in tars]
-    plan = first_deal(sizes, [], grid=grid, seed=seed, turn=0)
-    cursors, batches, number, readers = {}, [], 0, {}
-    while True:
-        if restart and len(batches) in stops:
-            position = Position(
-                "m", grid, seed, cursors=cursors, lanes=plan.lanes, generation=plan.generation
-            )
-            position = Position.from_json(json.loads(json.dumps(position.to_json())))
-            plan, cursors, readers = replace(plan, lanes=position.lanes), dict(position.cursors), {}
-        batch = take_batch(plan, number, readers, open_piece, cursors)
-        if batch is not None:
-            for sample in batch:
-                cursors[sample.lane] = sample.cursor
-            batches.append([(s.id.shard, s.id.ordinal) for s in batch])
-            number += 1
-            continue
-        left = remaining(plan, cursors)
-        order = {"grid": grid, "seed": seed, "turn": 0, "generation": plan.generation + 1}
-        if number and sum(bytes_left(piece, sizes) for piece in left) > 40_000:
-            pieces, piece_sizes = split_pieces(left, sizes, lanes=grid.lanes)
-            plan = deal(pieces, piece_sizes, **order)
-        else:
-            named, damages = name_samples(left, open_piece)
-            assert not damages
-            rest = [(piece.shard, ordinal) for piece in named for ordinal in piece.named()]
-            if len(rest) < grid.batch:
-                return batches, rest
-            plan = deal_samples(named, **order)
-        cursors, number, readers = {}, 0, {}
-
+TOPOLOGIES = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 3)]
 
 grids = st.builds(
     lambda share, columns, rows, window: Grid(share * columns, columns, rows, window),
@@ -99,59 +21,145 @@ grids = st.builds(
     st.integers(1, 3),
     st.integers(1, 9),
 )
+counts = st.lists(st.integers(0, 60), min_size=1, max_size=8)
+
+
+def whole(counts, turns=1):
+    each = [(shard, ordinal) for shard, count in enumerate(counts) for ordinal in range(count)]
+    return Counter((turn, *sample) for turn in range(turns) for sample in each)
+
+
+def seen(run):
+    return Counter(sample for batch in run.batches for sample in batch)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 60), min_size=1, max_size=8),
+    counts=counts,
     grid=grids,
     seed=st.integers(0, 5),
-    stops=st.sets(st.integers(0, 40), max_size=8),
+    starts=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5), st.integers(1, 4)), max_size=6),
+    passes=st.integers(1, 2),
 )
-def test_every_sample_is_given_exactly_once_or_left_over(counts, grid, seed, stops):
-    tars = [make_tar(count) for count in counts]
-    batches, rest = run_pass(tars, grid, seed, stops)
-    seen = Counter(sample for batch in batches for sample in batch) + Counter(rest)
-    assert seen == Counter((shard, n) for shard, count in enumerate(counts) for n in range(count))
-    assert len(rest) < grid.batch
+def test_every_sample_is_given_exactly_once_or_left_over_on_any_ranks_and_workers(
+    counts, grid, seed, starts, passes
+):
+    run = Simulation.of([make_tar(count) for count in counts], grid, seed=seed, passes=(passes,))
+    topology = (1, 1)
+    for batches, ranks, workers in starts:
+        run.run(*topology, batches=batches)
+        if run.position.finished:
+            break
+        topology = (min(ranks, grid.batch), workers)
+        run.restart(*topology)
+    run.run(*topology)
+    assert seen(run) + Counter(run.left) == whole(counts, passes)
+    assert len(run.left) < run.position.grid.batch
+    assert run.position.trained == sum(map(len, run.batches))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 60), min_size=1, max_size=6),
-    grid=grids,
-    stops=st.sets(st.integers(0, 40), min_size=1, max_size=8),
+    counts=counts,
+    share=st.integers(1, 3),
+    window=st.integers(1, 9),
+    starts=st.lists(st.tuples(st.integers(0, 9), st.sampled_from(TOPOLOGIES)), min_size=1, max_size=6),
 )
-def test_interruptions_do_not_change_what_comes_next(counts, grid, stops):
-    tars = [make_tar(count) for count in counts]
-    assert run_pass(tars, grid, 0, stops) == run_pass(tars, grid, 0, stops, restart=False)
+def test_global_batches_are_the_same_sets_on_all_topologies_that_divide_the_grid(
+    counts, share, window, starts
+):
+    tars, grid = [make_tar(count) for count in counts], Grid(4 * share, 4, 6, window)
+    undisturbed, run = Simulation.of(tars, grid), Simulation.of(tars, grid)
+    undisturbed.run()
+    topology = starts[0][1]
+    for batches, following in starts:
+        run.run(*topology, batches=batches)
+        run.restart(*following)
+        topology = following
+    run.run(*topology)
+    assert run.batches == undisturbed.batches
+    assert run.left == undisturbed.left
+    assert run.position.to_json() == undisturbed.position.to_json()
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_whole_run_has_the_same_batches_on(topology):
+    tars, grid = [make_tar(count) for count in (40, 3, 0, 61, 17, 1)], Grid(8, 4, 3 * 2, 5)
+    one, other = Simulation.of(tars, grid), Simulation.of(tars, grid)
+    one.run()
+    other.run(*topology)
+    assert one.batches == other.batches
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=3, max_size=8),
+    passes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    grid=grids,
+)
+def test_every_source_has_its_number_of_passes(counts, passes, grid):
+    sources = [number % len(passes) for number in range(len(counts))]
+    run = Simulation.of([make_tar(n) for n in counts], grid, passes=passes, sources=sources)
+    run.run()
+    times = Counter((shard, n) for _, shard, n in seen(run).elements())
+    times += Counter((shard, n) for _, shard, n in run.left)
+    expected = {
+        (shard, n): passes[sources[shard]] for shard, count in enumerate(counts) for n in range(count)
+    }
+    assert times == expected
+    assert set((seen(run) + Counter(run.left)).values()) <= {1}
+    by_source = [tally.samples for tally in run.position.tallies.get("trained", [])]
+    assert sum(by_source) == sum(map(len, run.batches))
+
+
+def test_a_source_of_fewer_passes_is_spread_over_the_run():
+    manifest = manifest_of([b"x" * 10] * 300, sources=[n % 2 for n in range(300)])
+    turns = [manifest.of_turn(turn, (1, 3), seed=0, covered=300) for turn in range(3)]
+    mixture = [sum(shard % 2 == 0 for shard in turn) for turn in turns]
+    assert sum(mixture) == 150
+    assert min(mixture) > 30
+    assert all(sum(shard % 2 for shard in turn) == 150 for turn in turns)
 
 
 def test_another_pass_and_another_seed_come_in_another_order():
-    sizes = [1000] * 40
-    grid = Grid(8, 2, 2, 16)
+    manifest, grid = manifest_of([b"x" * 1000] * 40), Grid(8, 2, 2, 16)
     orders = {
-        first_deal(sizes, [], grid=grid, seed=seed, turn=turn).lanes[0][:5]
+        Position(manifest.digest, grid, seed, (2,), turn=turn).plan(manifest).lanes[0][:5]
         for seed, turn in [(0, 0), (1, 0), (0, 1)]
     }
-    firsts = {tuple(piece.shard for piece in order) for order in orders}
-    assert len(firsts) == 3
+    assert len({tuple(piece.shard for piece in order) for order in orders}) == 3
 
 
 def test_lanes_are_balanced_by_bytes():
-    sizes = [10_000 * (1 + index % 7) for index in range(200)]
-    plan = first_deal(sizes, [], grid=Grid(16, 4, 2, 16), seed=0, turn=0)
-    loads = [sum(sizes[piece.shard] for piece in lane) for lane in plan.lanes]
-    assert max(loads) - min(loads) <= max(sizes)
+    manifest = manifest_of([b"x" * 10 * (1 + index % 7) for index in range(200)])
+    plan = Position(manifest.digest, Grid(16, 4, 2, 16), 0).plan(manifest)
+    loads = [sum(manifest.shards[piece.shard].size for piece in lane) for lane in plan.lanes]
+    assert max(loads) - min(loads) <= 70
 
 
 def test_the_position_stays_small_however_far_the_run_is():
-    tars = [make_tar(50) for _ in range(12)]
-    grid = Grid(4, 2, 1, 16)
-    plan = first_deal([len(tar) for tar in tars], [], grid=grid, seed=0, turn=0)
-    cursors, readers, sizes = {}, {}, []
-    for number in range(100):
-        for sample in take_batch(plan, number, readers, opener(tars), cursors):
-            cursors[sample.lane] = sample.cursor
-        sizes.append(len(json.dumps(Position("m", grid, 0, batches=number, cursors=cursors).to_json())))
+    run, sizes = Simulation.of([make_tar(50) for _ in range(12)], Grid(4, 2, 1, 16)), []
+    for _ in range(100):
+        run.run(batches=1)
+        sizes.append(len(json.dumps(run.position.to_json())))
     assert max(sizes[50:]) <= max(sizes[:50]) + 20
+
+
+def test_a_new_deal_of_many_untouched_shards_takes_a_bit_each():
+    dealt = gather_pieces([Piece(shard, 0) for shard in range(0, 8000, 2)], turn=0)
+    assert len(json.dumps(dealt.to_json())) < 2100
+    assert Deal.from_json(json.loads(json.dumps(dealt.to_json()))) == dealt
+
+
+def test_ranks_that_do_not_divide_the_grid_get_the_largest_batch_that_they_can_share():
+    begun = Grid(4096, 64, 12, 128)
+    fitted = fit_grid(begun, begun, world_size=3, workers=5)
+    assert fitted == Grid(4095, 63, 10, 128)
+    assert fit_grid(fitted, begun, world_size=9, workers=2) == fitted
+    assert fit_grid(fitted, begun, world_size=8, workers=4) == begun
+
+
+def test_more_ranks_than_samples_in_a_batch_are_refused():
+    grid = Grid(16, 4, 1, 8)
+    with pytest.raises(PositionError, match="17 ranks cannot share the run's global batch of 16 samples"):
+        fit_grid(grid, grid, world_size=17, workers=1)

@@ -8,16 +8,18 @@ from streamswav.config import CropsSection, StorageSection
 from streamswav.crops import MultiCrop
 from streamswav.loader import LaneBatches
 from streamswav.stream.manifest import list_manifest
-from streamswav.stream.plan import Grid, first_deal
+from streamswav.stream.plan import Grid
+from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader
+from streamswav.stream.select import Selection
 from streamswav.stream.store import Store
 
 MiB = 1 << 20
 
 
 def plan_of(manifest, grid):
-    return first_deal([shard.size for shard in manifest.shards], [], grid=grid, seed=0, turn=0)
+    return Position(manifest.digest, grid, 0).plan(manifest)
 
 
 def test_the_lanes_of_a_row_wait_for_their_first_bytes_together(make_shards, web):
@@ -29,7 +31,8 @@ def test_the_lanes_of_a_row_wait_for_their_first_bytes_together(make_shards, web
     reader = ShardReader(manifest, storage, read_ahead=1, requests=6)
     web.faults.extend([("hang", 0.4)] * 6)
     began = time.monotonic()
-    batch = next(iter(LaneBatches(plan, {}, 0, range(6), reader, crop)))
+    batches = LaneBatches(plan, {}, 0, range(6), manifest, reader, Selection.none(), crop)
+    batch = next(iter(batches))
     assert time.monotonic() - began < 3 * 0.4
     assert not web.faults
     assert len(batch.ids) == 6

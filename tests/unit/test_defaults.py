@@ -47,7 +47,7 @@ def test_each_choice_has_a_reason_and_is_what_the_configuration_got():
 
 def test_nothing_that_a_step_needs_stays_open():
     config, _ = resolve(Config(), GPU)
-    may_be_open = {"training.images", "checkpoint.images"}
+    may_be_open = {"training.images", "checkpoint.images", "stream.follow_idle_seconds"}
     left = {key for key in keys() if value_of(config, key) is None and not key.startswith("storage.")}
     assert left == may_be_open
 
@@ -239,6 +239,19 @@ def test_statistics_of_the_whole_batch_are_refused_on_several_cpu_ranks():
     with pytest.raises(ConfigError, match=r"training\.topology_invariant = True: .*CPU"):
         chosen(invariant, world_size=2, cuda=False)
     assert chosen(invariant, world_size=1, cuda=False).training.topology_invariant
+
+
+def test_workers_must_divide_the_rows_of_a_new_run_and_not_of_one_that_goes_on():
+    given = {"stream": {"rows": 6}, "loader": {"workers": 4}}
+    with pytest.raises(ConfigError, match=r"stream\.rows = 6: must be a multiple of loader\.workers \(4\)"):
+        chosen(given)
+    config, _ = resolve(parse_config(given), facts(world_size=3, begun=chosen(world_size=16)))
+    assert (config.stream.rows, config.loader.workers) == (6, 4)
+
+
+def test_a_followed_stream_has_a_constant_rate_unless_it_has_an_end():
+    assert chosen({"stream": {"follow": True}}).optimizer.schedule == "constant"
+    assert chosen({"stream": {"follow": True}, "training": {"images": 10**6}}).optimizer.schedule == "cosine"
 
 
 def test_prototypes_follow_distinct_images_not_passes():

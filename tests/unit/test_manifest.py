@@ -92,7 +92,38 @@ def test_several_urls_are_one_manifest_with_keys_below_their_common_folder(folde
     urls = [str(folder), str(tmp_path / "trained")]
     manifest = list_manifest(urls, Store())
     assert keys(manifest) == [f"train/{name}" for name in NAMES] + [f"trained/deep/{name}" for name in NAMES]
-    assert list_manifest(urls[::-1], Store()) == manifest
+    turned = list_manifest(urls[::-1], Store())
+    assert (turned.digest, keys(turned)) == (manifest.digest, keys(manifest))
+    assert [shard.source for shard in manifest.shards] == [0] * len(NAMES) + [1] * len(NAMES)
+
+
+def test_a_manifest_that_grew_is_a_chain_of_hashes(folder):
+    shards = list_manifest([str(folder)], Store()).shards
+    began = Manifest(shards[:1], (3,))
+    grown = began.grown(shards[1:], (None,))
+    assert grown.chain[0] == began.digest != grown.digest
+    assert [grown.covered(digest) for digest in (*grown.chain, "other")] == [1, len(shards), None]
+    assert Manifest.from_json(json.loads(json.dumps(grown.to_json()))) == grown
+    assert Manifest(shards, (None,)).digest not in grown.chain
+
+
+def test_samples_are_counted_by_source_where_all_its_shards_are_counted(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    write_stats(folder, dict(zip(NAMES, COUNTS, strict=True)))
+    manifest = list_manifest([str(folder), str(tmp_path / "other")], Store())
+    assert manifest.counts == (sum(COUNTS), None)
+    assert manifest.total((2, 1)) is None
+    write_stats(tmp_path / "other", dict(zip(NAMES, COUNTS, strict=True)))
+    manifest = list_manifest([str(folder), str(tmp_path / "other")], Store())
+    assert manifest.total((2, 1)) == 3 * sum(COUNTS)
+    assert manifest.total_bytes((2, 1)) == manifest.size * 3 // 2
+
+
+def test_counts_of_img2dataset_are_read_beside_each_shard(folder):
+    for name, count in zip(NAMES, COUNTS, strict=True):
+        stats = {"count": count + 1, "successes": count, "failed_to_download": 1}
+        (folder / name.replace(".tar", "_stats.json")).write_text(json.dumps(stats))
+    assert list_manifest([str(folder)], Store()).samples == sum(COUNTS)
 
 
 def test_the_identity_survives_a_move_and_changes_with_size_and_name(folder, tmp_path):

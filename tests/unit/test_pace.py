@@ -16,7 +16,9 @@ BASE = {
 def pace(manifest_bytes=1 << 40, bytes_per_image=None, **sections):
     names = {*BASE, *sections}
     config = parse_config({name: BASE.get(name, {}) | sections.get(name, {}) for name in names})
-    return make_pace(config, manifest_bytes, bytes_per_image)
+    passes = config.stream.turns
+    samples = config.stream.samples and config.stream.samples * passes
+    return make_pace(config, samples=samples, size=manifest_bytes * passes, bytes_per_image=bytes_per_image)
 
 
 def test_a_run_whose_samples_are_known_counts_images():
