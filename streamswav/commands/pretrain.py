@@ -9,6 +9,7 @@ import os
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -263,7 +264,8 @@ def shard_reader(config: Config, manifest: Manifest) -> ShardReader:
 
 def _load_selection(run: Run) -> Selection:
     """Read what is not trained; every rank does, since predicates are functions of this machine."""
-    select = load_selection(run.config.stream, run.store, size_of=image_size)
+    size_of = partial(image_size, exif_orientation=run.config.crops.exif_orientation)
+    select = load_selection(run.config.stream, run.store, size_of=size_of)
     if run.config.stream.exclude or run.config.stream.where:
         run.reporter.event(
             "selection",

@@ -58,9 +58,7 @@ class Growth:
         self._listed_at = self._clock()
         known = {shard.key for shard in self._manifest.shards}
         found = [shard for shard in listed.shards if shard.key not in known]
-        whole = [
-            shard for shard in found if "://" in shard.url or self._begun.get(shard.key) == shard.version
-        ]
+        whole = [each for each in found if _appears_whole(each) or self._begun.get(each.key) == each.version]
         self._begun = {shard.key: shard.version for shard in found}
         if not whole:
             return None
@@ -72,3 +70,8 @@ class Growth:
     def given_up(self, waited: float) -> bool:
         """Tell whether so many seconds without anything new are too many."""
         return self._idle_seconds is not None and waited >= self._idle_seconds
+
+
+def _appears_whole(shard: Shard) -> bool:
+    """Tell whether the shard lies where nobody sees an object that is still being written."""
+    return "://" in shard.url and not shard.url.startswith("file://")
