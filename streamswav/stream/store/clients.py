@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import s3fs
@@ -21,7 +21,7 @@ class _Client:
     """One client, with the credentials that were there when it was made, and how many requests use it."""
 
     filesystem: s3fs.S3FileSystem
-    made: float = field(default_factory=time.monotonic)
+    made: float
     users: int = 0
     connected: Any = None
 
@@ -72,7 +72,8 @@ class Clients:
 
     def _newest(self) -> _Client:
         if self._current is None or self._doubted:
-            self._current, self._doubted = _Client(_filesystem(self._section)), False
+            self._current = _Client(_filesystem(self._section), time.monotonic())
+            self._doubted = False
         return self._current
 
 
