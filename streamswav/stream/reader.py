@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
 
 from streamswav.config import LoaderSection, StorageSection, StreamSection
+from streamswav.errors import ChangedError, NotFoundError
 from streamswav.stream.manifest import Manifest
+from streamswav.stream.memory import Answer, Shelf, share_memory
 from streamswav.stream.plan import Piece
+from streamswav.stream.redaction import newest_version
 from streamswav.stream.store import Store
 from streamswav.stream.tar import Damage, TarSample, read_samples
 
-_SMALLEST_BLOCK = 256 << 10
 _REQUESTS = LoaderSection().requests
 _MEMORY = StreamSection().memory
+_WINDOW = StreamSection().window
+
+Fetched = TypeVar("Fetched")
+Items = Iterator[TarSample | Damage]
+Parse = Callable[[int, int, int], "tuple[_Blocks, Items]"]
+Lost = Callable[[int, str, NotFoundError | ChangedError], str | None]
 
 
 class ShardReader:
     """Opens shards at an offset, with a few ranged reads in flight.
+
+    A shard that is gone, or was replaced by another, ends where it is met: its rest is a damage with one of
+    `LOST_REASONS`. One of which samples were redacted is read on.
 
     Cheap to pickle: clients and threads are made at the first use, and stay in their process.
 
     Args:
         manifest: the shards.
         storage: how they are reached; its `block_bytes` is the largest read.
-        read_ahead: blocks that a shard is ahead of its reader, also while nobody reads on.
+        read_ahead: most blocks that a shard is ahead of its parser, also while nobody reads on.
         requests: reads in flight, over all open shards.
-        memory: bytes of blocks over all open shards; where there are many of these, blocks shrink to it.
+        memory: bytes of blocks and windows of one process; where lanes are many, both shrink to it.
 
     Attributes:
+        manifest: the shards; it may grow.
+        shelf: where the windows of this process put their samples.
         fetch_seconds: time that the reading thread waited for bytes.
+
+    Raises:
+        ConfigError: the memory would not even do for one lane.
     """
 
     def __init__(
@@ -43,100 +62,198 @@ class ShardReader:
         requests: int = _REQUESTS,
         memory: int = _MEMORY,
     ) -> None:
-        self._manifest, self._storage = manifest, storage
+        self.manifest, self._storage = manifest, storage
         self._read_ahead, self._requests, self._memory = read_ahead, requests, memory
-        self._store: Store | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._traffic: deque[tuple[str, int]] = deque()
-        self._block = storage.block_bytes
+        self._source: _Source | None = None
         self._begun: dict[tuple[int, int], list[_Blocks]] = {}
+        self._traffic: deque[tuple[str, int]] = deque()
         self.fetch_seconds = 0.0
+        self.share_among(1)
 
     def __reduce__(self) -> tuple[Callable[..., ShardReader], tuple[object, ...]]:
         limits = {"read_ahead": self._read_ahead, "requests": self._requests, "memory": self._memory}
-        return _make_reader, (self._manifest, self._storage, limits)
+        return _make_reader, (self.manifest, self._storage, limits)
 
     def digest(self, shard: int) -> int:
         """Return the shard's identity, 64 bits."""
-        return self._manifest.shards[shard].digest
+        return self.manifest.shards[shard].digest
 
     def take_traffic(self) -> list[tuple[str, int]]:
         """Return (outcome, bytes received) of every request since the last call."""
         return [self._traffic.popleft() for _ in range(len(self._traffic))]
 
-    def share_among(self, lanes: int) -> int:
-        """Choose the size of blocks, in bytes, for so many lanes that stay open; forget what was begun.
+    def share_among(self, lanes: int, window: int = _WINDOW) -> int:
+        """Share the memory among so many lanes that stay open; forget what was begun and what is held.
 
-        A lane holds the blocks ahead, the one it parses, and the copy that joins it to the next.
+        Returns:
+            The size of blocks, in bytes.
+
+        Raises:
+            ConfigError: the memory does not do for so many lanes and windows of so many samples.
         """
-        fitting = self._memory // ((self._read_ahead + 2) * lanes)
-        self._block = min(self._storage.block_bytes, max(fitting, _SMALLEST_BLOCK))
+        self._shares = share_memory(
+            self._memory,
+            lanes=lanes,
+            window=window,
+            block=self._storage.block_bytes,
+            read_ahead=self._read_ahead,
+            requests=self._requests,
+        )
+        self.shelf = Shelf(self._shares.held, self._shares.ahead, self._read_again)
         self._begun.clear()
-        return self._block
+        return self._shares.block
 
     def begin(self, piece: Piece) -> None:
         """Ask for the first blocks of a piece that will be opened soon, without waiting for them."""
-        blocks = self._blocks(piece)
-        blocks.ask()
+        blocks = self._blocks(piece.shard, piece.offset)
+        blocks.begin()
         self._begun.setdefault((piece.shard, piece.offset), []).append(blocks)
 
     def open(self, piece: Piece) -> Iterator[TarSample | Damage]:
-        """Yield samples and damages of the piece's shard, from the piece's offset on.
+        """Return samples and damages of the piece's shard, from the piece's offset on.
 
         Raises:
-            StorageError: the shard is missing, changed, or out of reach until the deadline.
+            StorageError: while it is iterated over: the shard is out of reach until the deadline.
         """
-        begun = self._begun.get((piece.shard, piece.offset))
-        blocks = begun.pop() if begun else self._blocks(piece)
-        size = self._manifest.shards[piece.shard].size
-        return read_samples(self._timed(blocks), size=size, start=piece.offset, ordinal=piece.ordinal)
+        return _Parsed(self._parse, self._connect().lost, piece, self.manifest.shards[piece.shard].size)
 
-    def _blocks(self, piece: Piece) -> _Blocks:
-        if self._pool is None or self._store is None:
-            self._pool = ThreadPoolExecutor(self._requests, thread_name_prefix="read-ahead")
-            self._store = Store(self._storage, on_request=self._record)
-        shard, pool, read = self._manifest.shards[piece.shard], self._pool, self._store.read_range
+    def _parse(self, shard: int, start: int, ordinal: int) -> tuple[_Blocks, Items]:
+        """Begin to read a shard from a sample's start on."""
+        begun = self._begun.get((shard, start))
+        blocks = begun.pop() if begun else self._blocks(shard, start)
+        size, limit = self.manifest.shards[shard].size, self._shares.largest
+        timed = iter(lambda: self._timed(blocks.take), b"")
+        return blocks, read_samples(timed, size=size, start=start, ordinal=ordinal, limit=limit)
 
-        def fetch(start: int) -> Future[bytes]:
-            stop = min(start + size, shard.size)
-            return pool.submit(read, shard.url, start, stop, version=shard.version)
+    def _blocks(self, shard: int, start: int) -> _Blocks:
+        source, length, size = self._connect(), self._shares.block, self.manifest.shards[shard].size
+        version = source.version(shard)
 
-        size = self._block
-        return _Blocks(fetch, range(piece.offset, shard.size, size), ahead=self._read_ahead)
+        def fetch(at: int) -> Future[bytes]:
+            return source.pool.submit(source.read, shard, at, min(at + length, size), version)
 
-    def _timed(self, blocks: _Blocks) -> Iterator[bytes]:
-        while True:
-            began = time.perf_counter()
-            block = next(blocks, None)
+        return _Blocks(fetch, range(start, size, length), ahead=self._shares.read_ahead, version=version)
+
+    def _read_again(self, shard: int, sample: TarSample) -> Answer:
+        source = self._connect()
+        future = source.pool.submit(source.read_sample, shard, sample)
+        return lambda: self._timed(future.result)
+
+    def _connect(self) -> _Source:
+        if self._source is None:
+            self._source = _Source(self, Store(self._storage, on_request=self._record), self._requests)
+        return self._source
+
+    def _timed(self, wait: Callable[[], Fetched]) -> Fetched:
+        began = time.perf_counter()
+        try:
+            return wait()
+        finally:
             self.fetch_seconds += time.perf_counter() - began
-            if block is None:
-                return
-            yield block
 
     def _record(self, outcome: str, _: float, received: int) -> None:
         self._traffic.append((outcome, received))
 
 
+class _Source:
+    """This process' client, its threads, and the newer versions of shards that were redacted."""
+
+    def __init__(self, reader: ShardReader, store: Store, requests: int) -> None:
+        self.pool = ThreadPoolExecutor(requests, thread_name_prefix="read-ahead")
+        self._reader, self._store = reader, store
+        self._versions: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def version(self, shard: int) -> str:
+        """Return the version that is read."""
+        return self._versions.get(shard) or self._reader.manifest.shards[shard].version
+
+    def read(self, shard: int, start: int, stop: int, version: str) -> bytes:
+        """Return the bytes [start, stop) of this version."""
+        return self._store.read_range(self._reader.manifest.shards[shard].url, start, stop, version=version)
+
+    def read_sample(self, shard: int, sample: TarSample) -> TarSample | Damage:
+        """Read a sample that is known by its place, or tell why it cannot be read any more."""
+        while True:
+            version = self.version(shard)
+            try:
+                data = self.read(shard, sample.start, sample.stop, version)
+            except (NotFoundError, ChangedError) as error:
+                if reason := self.lost(shard, version, error):
+                    return Damage(reason, sample.start, sample.stop)
+                continue
+            item = next(read_samples([data], start=sample.start, ordinal=sample.ordinal), None)
+            if isinstance(item, TarSample):
+                return replace(sample, key=item.key, members=item.members)
+            return Damage("changed_shard", sample.start, sample.stop)
+
+    def lost(self, shard: int, version: str, error: NotFoundError | ChangedError) -> str | None:
+        """Return why a shard can no longer be read; None if it can, in a newer version."""
+        if isinstance(error, NotFoundError):
+            return "missing_shard"
+        listed = self._reader.manifest.shards[shard]
+        with self._lock:
+            if self.version(shard) != version:
+                return None
+            try:
+                newest = newest_version(self._store, listed.url, listed.version)
+            except NotFoundError:
+                return "missing_shard"
+            if newest is None or newest == version:
+                return "changed_shard"
+            self._versions[shard] = newest
+            return None
+
+
+class _Parsed:
+    """Samples and damages of a piece's shard. It holds none of them once it is given."""
+
+    def __init__(self, parse: Parse, lost: Lost, piece: Piece, size: int) -> None:
+        self._parse, self._lost = parse, lost
+        self._shard, self._at, self._ordinal, self._size = piece.shard, piece.offset, piece.ordinal, size
+        self._items: Items
+        self._blocks, self._items = parse(piece.shard, piece.offset, piece.ordinal)
+
+    def __iter__(self) -> Iterator[TarSample | Damage]:
+        return self
+
+    def __next__(self) -> TarSample | Damage:
+        while True:
+            try:
+                item = next(self._items)
+            except (NotFoundError, ChangedError) as error:
+                if reason := self._lost(self._shard, self._blocks.version, error):
+                    self._items = iter(())
+                    return Damage(reason, self._at, self._size)
+                self._blocks, self._items = self._parse(self._shard, self._at, self._ordinal)
+            else:
+                self._at = item.stop
+                self._ordinal += isinstance(item, TarSample)
+                return item
+
+
 class _Blocks:
     """The blocks at these offsets, in order, of which some are asked for ahead."""
 
-    def __init__(self, fetch: Callable[[int], Future[bytes]], offsets: range, *, ahead: int) -> None:
+    def __init__(
+        self, fetch: Callable[[int], Future[bytes]], offsets: range, *, ahead: int, version: str
+    ) -> None:
         self._fetch, self._offsets, self._ahead = fetch, iter(offsets), ahead
         self._waiting: deque[Future[bytes]] = deque()
+        self.version = version
 
-    def ask(self) -> None:
-        """Have as many blocks on their way as may be ahead."""
-        while len(self._waiting) < self._ahead and (offset := next(self._offsets, None)) is not None:
+    def begin(self) -> None:
+        """Have the first blocks on their way."""
+        self._ask(max(1, self._ahead))
+
+    def take(self) -> bytes:
+        """Wait for the next block, while those ahead are on their way; no bytes at the end."""
+        self._ask(self._ahead + 1)
+        return self._waiting.popleft().result() if self._waiting else b""
+
+    def _ask(self, count: int) -> None:
+        while len(self._waiting) < count and (offset := next(self._offsets, None)) is not None:
             self._waiting.append(self._fetch(offset))
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        self.ask()
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.popleft().result()
 
 
 def _make_reader(manifest: Manifest, storage: StorageSection, limits: dict[str, int]) -> ShardReader:

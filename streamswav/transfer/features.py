@@ -136,7 +136,8 @@ class _LabelledBatches(IterableDataset[_Part | Failed]):
 
     def __iter__(self) -> Iterator[_Part | Failed]:
         worker = get_worker_info()
-        lane = LaneReader(self.plan, worker.id if worker else 0, self.reader.open)
+        number = worker.id if worker else 0
+        lane = LaneReader(self.plan, number, self.reader.open, shelf=self.reader.shelf)
         try:
             while part := self._assemble(lane):
                 yield part
