@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from streamswav.crops import Crops, MultiCrop, collate
-from streamswav.errors import DecodeError, StreamswavError
+from streamswav.errors import ConfigError, DecodeError, StreamswavError
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import PassedOver, Tally, tally_one
 from streamswav.stream.plan import Cursor, Plan
@@ -31,6 +31,7 @@ from streamswav.stream.select import Selection
 
 PATIENCE_SECONDS = 1.0
 GRACE_SECONDS = 2.0
+HOPELESS = 10_000
 
 _DIED = (
     "a loader process was killed, most likely for want of memory; give the rank more memory or /dev/shm, "
@@ -174,6 +175,7 @@ class LaneBatches(IterableDataset[Item]):
             verdict = self.select.judge(sample, self.manifest.shards[sample.id.shard].key)
             if verdict is not None:
                 share.passed.append(pass_over(sample.id, sample, *verdict))
+                self._refuse_hopeless(share.passed)
                 continue
             started = time.perf_counter()
             try:
@@ -184,6 +186,18 @@ class LaneBatches(IterableDataset[Item]):
             share.decoding += time.perf_counter() - started
         share.quarantined += reader.take_damages()
         return len(share.taken) == want
+
+    def _refuse_hopeless(self, passed: Sequence[PassedOver]) -> None:
+        """A condition with a slip of the pen lets nothing through: say so before the whole bucket is read.
+
+        Raises:
+            ConfigError: so many samples of a new run met no condition before its first batch was filled.
+        """
+        begun = self.first or self.plan.generation or self.plan.turn
+        if begun or len(passed) < HOPELESS or any(each.outcome != "filtered" for each in passed):
+            return
+        reason, last = f"none of the first {len(passed):,} samples of a worker meets it", passed[-1]
+        raise ConfigError("stream.where", f"{reason}; the last: {last.key} ({last.reason})")
 
     def _tally(self, taken: Sequence[Sample]) -> dict[int, Tally]:
         tallies: defaultdict[int, Tally] = defaultdict(Tally)

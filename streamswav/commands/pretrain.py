@@ -357,12 +357,9 @@ def _about(config: Config, ranks: Ranks) -> dict[str, str]:
 
 
 def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: Saver) -> dict[str, Any]:
-    """Write what the run came to; where this process trained nothing, what was written before stands."""
+    """Write what the run came to; of a run that was at its end before, what was written then stands."""
     config, position, passes = run.config, feed.position, feed.position.passes
     place = join(config.run.directory, "summary.json")
-    if monitor.images_per_second == 0 and run.store.exists(place):
-        before: dict[str, Any] = json.loads(run.store.read(place))
-        return before
     loss = monitor.loss_last
     left = sum(len(piece.named() or ()) for piece in position.carried) if position.finished else None
     counts = {outcome: position.total(outcome).samples for outcome in OUTCOMES}
@@ -393,6 +390,11 @@ def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: 
         "checkpoint": saver.last.url if saver.last else None,
         "shards_url": redact(config.stream.urls[0]),
     }
+    if monitor.images_per_second == 0 and run.store.exists(place):
+        before: dict[str, Any] = json.loads(run.store.read(place))
+        if before["stream"]["left"] == left:
+            return before
+        summary |= {name: before[name] for name in ("images_per_second", "loss_first", "loss_last")}
     run.store.write(place, json.dumps(summary, indent=1).encode())
     return summary
 

@@ -379,14 +379,15 @@ class Feed:
         Raises:
             ManifestError: not one batch could be filled.
         """
-        if self.position.trained == 0:
+        following = self.position.next_turn(left)
+        if following.finished and following.trained == 0:
             passed = sum(self.position.total(outcome).samples for outcome in ("excluded", "filtered"))
             hint = f", {passed} more were excluded or filtered" if passed else ""
             raise ManifestError(
                 f"the shards hold {samples} usable samples{hint}, fewer than one global batch "
                 f"(training.batch = {self.position.grid.batch}); lower it or add data"
             )
-        self.position = self.position.next_turn(left)
+        self.position = following
 
 
 def _bad(item: Item | None) -> tuple[PassedOver, ...]:
