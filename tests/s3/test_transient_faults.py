@@ -20,6 +20,7 @@ from runs import arguments, differences, free_port, run, scrape_text, start, sta
 from streamswav.config import StorageSection
 from streamswav.errors import EXIT_DONE, EXIT_RETRY, UnavailableError
 from streamswav.stream.store import Store, clients, retry
+from streamswav.stream.store import throttle as throttle_module
 from streamswav.stream.store.clients import Clients
 from streamswav.stream.store.remote import CONNECTIONS
 from streamswav.stream.store.s3 import PART_BYTES
@@ -128,18 +129,19 @@ def test_internal_errors_are_tried_again(proxy: FaultProxy, reader: Callable[...
 
 
 def test_slow_down_slows_all_readers_together_and_passes(
-    proxy: FaultProxy, reader: Callable[..., Reader]
+    proxy: FaultProxy, reader: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(throttle_module, "PAUSE_SECONDS", 0.02)
     one = reader()
     throttle = shared_throttle(f"S3 {proxy.url}", CONNECTIONS)
-    limits: list[float] = []
+    limits: list[int] = []
     one.store.on_request = lambda outcome, *_: limits.append(throttle.limit)
     proxy.plan(*["slowdown"] * 20)
     size = len(DATA) // 200
     with ThreadPoolExecutor(16) as pool:
         parts = list(pool.map(lambda n: one.read(n * size, (n + 1) * size), range(200)))
     assert b"".join(parts) == DATA
-    assert min(limits) <= 8.0
+    assert min(limits) <= 8
     assert throttle.limit > min(limits)
     assert len(limits) == 220
 

@@ -53,14 +53,14 @@ def test_a_burst_halves_what_was_in_flight_once(clock: Clock) -> None:
     clock.now += 1
     for turn in turns:
         throttle.leave(turn, "throttled")
-    assert throttle.limit == 4.0
+    assert throttle.limit == 4
 
 
 def test_each_further_pause_may_halve_again_down_to_one(clock: Clock) -> None:
     throttle = Throttle(8, clock)
     seen = []
     for _ in range(4):
-        turns = entered(throttle, int(throttle.limit))
+        turns = entered(throttle, throttle.limit)
         clock.now += PAUSE_SECONDS
         for turn in turns:
             throttle.leave(turn, "throttled")
@@ -68,25 +68,32 @@ def test_each_further_pause_may_halve_again_down_to_one(clock: Clock) -> None:
         clock.now += PAUSE_SECONDS / 2
         throttle.leave(turn, "throttled")  # within the pause: no further cut
         seen.append(throttle.limit)
-    assert seen == [4.0, 2.0, 1.0, 1.0]
+    assert seen == [4, 2, 1, 1]
 
 
-def test_the_limit_grows_by_one_a_round_back_to_the_most(clock: Clock) -> None:
+def test_the_limit_grows_by_one_a_pause_while_requests_succeed_back_to_the_most(clock: Clock) -> None:
     throttle = Throttle(8, clock)
     turns = entered(throttle, 4)
     clock.now += 1
     for turn in turns:
         throttle.leave(turn, "throttled")
-    assert throttle.limit == 2.0
-    rounds = 0
-    while throttle.limit < 8:
-        rounds += 1
-        for _ in range(int(throttle.limit)):
+    seen = []
+    for _ in range(8):
+        clock.now += PAUSE_SECONDS
+        for _ in range(10):
             throttle.leave(*entered(throttle, 1), "ok")
-    assert 6 <= rounds <= 9
-    for _ in range(100):
-        throttle.leave(*entered(throttle, 1), "ok")
-    assert throttle.limit == 8.0
+        seen.append(throttle.limit)
+    assert seen == [3, 4, 5, 6, 7, 8, 8, 8]
+
+
+def test_without_a_success_the_limit_does_not_grow(clock: Clock) -> None:
+    throttle = Throttle(8, clock)
+    throttle.leave(*entered(throttle, 1), "throttled")
+    clock.now += 100 * PAUSE_SECONDS
+    (turn,) = entered(throttle, 1)
+    assert throttle.enter(0.0) is None
+    throttle.leave(turn, "ok")
+    assert throttle.limit == 2
 
 
 @pytest.mark.parametrize("outcome", ["error", "timeout"])
@@ -94,7 +101,7 @@ def test_other_failures_leave_the_limit_as_it_is(clock: Clock, outcome: str) -> 
     throttle = Throttle(8, clock)
     clock.now += 1
     throttle.leave(*entered(throttle, 1), outcome)
-    assert throttle.limit == 8.0
+    assert throttle.limit == 8
 
 
 def test_turns_come_in_the_order_of_asking() -> None:
@@ -139,7 +146,7 @@ def test_many_threads_lose_no_turn() -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(work, range(3000)))
     assert most[0] <= 5
-    throttle.limit = 5.0
+    throttle.limit = 5
     assert len(entered(throttle, 5)) == 5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from streamswav.stream.store.urls import redact
 BASE_SECONDS = 0.1
 CAP_SECONDS = 20.0
 QUIET_SECONDS = 5.0
+WARNING_SECONDS = 60.0
 
 OnRequest = Callable[[str, float, int], None]
 Result = TypeVar("Result")
@@ -62,6 +64,7 @@ class Retrier:
         self._throttle = throttle
         self._on_denied = on_denied
         self._worked: set[tuple[str, str]] = set()
+        self._warned_at = -math.inf
 
     def call(
         self,
@@ -82,7 +85,7 @@ class Retrier:
             StorageError: whatever else `attempt` raised.
         """
         place = ("/".join(url.split("/", 4)[: 4 if url.startswith("s3:") else 3]), operation)
-        trouble = _Trouble(redact(url), operation, self._deadline)
+        trouble = _Trouble(redact(url), operation, self._deadline, self._warn)
         while True:
             before = received()
             began = self._throttle.enter(trouble.left)
@@ -104,6 +107,13 @@ class Retrier:
 
     def _may_pass(self, error: DeniedError, place: tuple[str, str]) -> bool:
         return place in self._worked or (isinstance(error, IdentityError) and bool(self._worked))
+
+    def _warn(self, text: str) -> None:
+        """Log a warning; where many requests meet the same trouble, that of one will do."""
+        now = time.monotonic()
+        if now >= self._warned_at + WARNING_SECONDS:
+            self._warned_at = now
+            logger.warning(text)
 
     def _observed(
         self, attempt: Callable[[float], Result], began: float, left: float, received: Callable[[], int]
@@ -127,10 +137,10 @@ class Retrier:
 class _Trouble:
     """How a call went until now."""
 
-    def __init__(self, url: str, operation: str, deadline: float) -> None:
-        self._url, self._operation, self._deadline = url, operation, deadline
+    def __init__(self, url: str, operation: str, deadline: float, warn: Callable[[str], None]) -> None:
+        self._url, self._operation, self._deadline, self._warn = url, operation, deadline, warn
         self._started = self._moved = time.monotonic()
-        self._failures, self._warned, self._reason = 0, False, ""
+        self._failures, self._reason = 0, ""
 
     @property
     def left(self) -> float:
@@ -155,9 +165,8 @@ class _Trouble:
         left, elapsed = self.left, time.monotonic() - self._started
         if left <= 0:
             raise self.ended()
-        if not self._warned and elapsed > QUIET_SECONDS:
-            self._warned = True
-            logger.warning("%s: %s; trying for up to %.0f s", self._url, self._reason, self._deadline)
+        if elapsed > QUIET_SECONDS:
+            self._warn(f"{self._url}: {self._reason}; trying for up to {self._deadline:.0f} s")
         time.sleep(min(backoff(self._failures), left))
 
     def ended(self) -> UnavailableError:

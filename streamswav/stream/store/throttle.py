@@ -24,16 +24,16 @@ class Throttle:
         clock: monotonic seconds.
 
     Attributes:
-        limit: how many may be in flight now, from 1 to `most`; of a fraction the whole part counts.
+        limit: how many may be in flight now, from 1 to `most`.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limit = float(most)
+        self.limit = most
         self._most, self._clock = most, clock
         self._lock = threading.Lock()
         self._waiting: deque[threading.Event] = deque()
         self._in_flight = 0
-        self._cut_at = -math.inf
+        self._changed_at = self._cut_at = -math.inf
 
     def enter(self, seconds: float) -> float | None:
         """Wait for a turn, first come, first served; each must be given back with `leave`.
@@ -45,7 +45,7 @@ class Throttle:
             When the turn came, on the clock; `None` if it did not.
         """
         with self._lock:
-            if not self._waiting and self._in_flight < int(self.limit):
+            if not self._waiting and self._in_flight < self.limit:
                 self._in_flight += 1
                 return self._clock()
             turn = threading.Event()
@@ -61,18 +61,19 @@ class Throttle:
     def leave(self, began: float, outcome: str) -> None:
         """Give a turn back, with what came of it: ok, throttled, or anything else, which changes nothing.
 
-        What began before the last cut says nothing new about the server, and one pause brings one cut.
+        A pause brings one step up or one cut at most, so that the server's answer to the last one is heard
+        first; for the same reason what began before a cut brings no other.
         """
         with self._lock:
             now = self._clock()
-            if outcome == "ok":
-                self.limit = min(self._most, self.limit + 1 / self.limit)
+            if outcome == "ok" and self.limit < self._most and now >= self._changed_at + PAUSE_SECONDS:
+                self.limit, self._changed_at = self.limit + 1, now
             elif outcome == "throttled" and began > self._cut_at and now >= self._cut_at + PAUSE_SECONDS:
                 # Half of what there was: the limit itself may be far above it.
-                self.limit = max(1.0, min(self.limit, self._in_flight) / 2)
-                self._cut_at = now
+                self.limit = max(1, min(self.limit, self._in_flight) // 2)
+                self._changed_at = self._cut_at = now
             self._in_flight -= 1
-            while self._waiting and self._in_flight < int(self.limit):
+            while self._waiting and self._in_flight < self.limit:
                 self._in_flight += 1
                 self._waiting.popleft().set()
 
