@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,11 @@ class CheckpointFolder:
         self._store.write(join(self.url, _POINTER), name.encode())
         return Checkpoint(folder, step, images, sums, about)
 
-    def newest(self) -> tuple[Checkpoint, dict[str, bytes]] | None:
+    def newest(self, *, only: Collection[str] | None = None) -> tuple[Checkpoint, dict[str, bytes]] | None:
         """Read the newest checkpoint that is whole, walking past damaged and unfinished ones with a warning.
 
         None where the run has none yet, or was cut off while writing its first.
+        `only` is `read_checkpoint`'s.
 
         Raises:
             CheckpointError: there are checkpoints, but none is whole.
@@ -100,7 +101,7 @@ class CheckpointFolder:
         names = self.names()
         for name in reversed(names):
             try:
-                return read_checkpoint(join(self.url, name), self._store)
+                return read_checkpoint(join(self.url, name), self._store, only=only)
             except CheckpointError as error:
                 self._warn(f"passed over: {error}")
         if self.begun():
@@ -152,8 +153,15 @@ class CheckpointFolder:
         return contents
 
 
-def read_checkpoint(url: str, store: Store) -> tuple[Checkpoint, dict[str, bytes]]:
+def read_checkpoint(
+    url: str, store: Store, *, only: Collection[str] | None = None
+) -> tuple[Checkpoint, dict[str, bytes]]:
     """Read one checkpoint and verify it.
+
+    Args:
+        url: its folder.
+        store: where it lies.
+        only: names of the files to read; of all others only the size is verified.
 
     Raises:
         CheckpointError: it is not whole, or of a format that this version does not read.
@@ -172,10 +180,14 @@ def read_checkpoint(url: str, store: Store) -> tuple[Checkpoint, dict[str, bytes
     data = {}
     for name, (size, digest) in files.items():
         try:
-            data[name] = store.read(join(url, name))
+            if only is not None and name not in only:
+                found = store.info(join(url, name)).size, digest
+            else:
+                data[name] = store.read(join(url, name))
+                found = len(data[name]), hashlib.sha256(data[name]).hexdigest()
         except NotFoundError:
             raise CheckpointError(f"{url}: {name} is missing") from None
-        if len(data[name]) != size or hashlib.sha256(data[name]).hexdigest() != digest:
+        if found != (size, digest):
             raise CheckpointError(f"{url}: {name} is damaged (size or SHA-256 differ)")
     return checkpoint, data
 
@@ -192,16 +204,20 @@ def unpack(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def find_checkpoint(url: str, store: Store) -> tuple[Checkpoint, dict[str, bytes]]:
+def find_checkpoint(
+    url: str, store: Store, *, only: Collection[str] | None = None
+) -> tuple[Checkpoint, dict[str, bytes]]:
     """Read a checkpoint by its own folder, its run's, or its run's `checkpoints`; the newest whole one.
+
+    `only` is `read_checkpoint`'s.
 
     Raises:
         CheckpointError: there is none.
     """
     if posixpath.basename(url.rstrip("/")).startswith("step-"):
-        return read_checkpoint(url.rstrip("/"), store)
+        return read_checkpoint(url.rstrip("/"), store, only=only)
     for folder in (join(url, "checkpoints"), url):
-        found = CheckpointFolder(folder, store).newest()
+        found = CheckpointFolder(folder, store).newest(only=only)
         if found:
             return found
     raise CheckpointError(f"{url}: there is no checkpoint")

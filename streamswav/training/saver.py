@@ -108,7 +108,7 @@ class Saver:
         return self.last
 
     def _write_passed_over(self, feed: Feed, step: int) -> None:
-        """List what was not trained since the last checkpoint, in files that no checkpoint's end removes.
+        """List what was not trained since the last checkpoint, in files that nobody removes or writes over.
 
         After a crash the same entries may come in two of these files, alike to the letter.
         """
@@ -117,7 +117,8 @@ class Saver:
             if found:
                 named = ({**asdict(each), "shard": feed.shard_key(each)} for each in found)
                 lines = "".join(json.dumps(each) + "\n" for each in named)
-                self._store.write(outcome_list(self._config.run.directory, outcome, step), lines.encode())
+                place = _new_list(self._store, self._config.run.directory, outcome, step)
+                self._store.write(place, lines.encode())
 
     def restore(self) -> Restored | None:
         """Read the newest whole checkpoint, chosen by rank 0 for all; None where the run is new.
@@ -161,6 +162,16 @@ class Saver:
 def outcome_list(directory: str, outcome: str, step: int) -> str:
     """Return the URL of the list of what met this outcome before a step, and since the save before it."""
     return join(directory, outcome, f"step-{step:09d}.jsonl")
+
+
+def _new_list(store: Store, directory: str, outcome: str, step: int) -> str:
+    """Return where the next list of a step goes: a stream's end may add to what the last step wrote."""
+    place = first = outcome_list(directory, outcome, step)
+    number = 1
+    while store.exists(place):
+        number += 1
+        place = f"{first.removesuffix('.jsonl')}.{number}.jsonl"
+    return place
 
 
 def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int) -> None:
