@@ -1,0 +1,115 @@
+"""The side lists of a run: what was passed over, entry by entry, as the checkpoints' saver wrote it."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from streamswav.stream.account import Part
+from streamswav.stream.manifest import Manifest
+from streamswav.stream.outcomes import PassedOver, Tally, tally_one
+
+IsLeft = Callable[[Part, int], bool]
+
+_NUMBERS = 4
+
+
+class SideLists:
+    """Entries of many lists, without their keys: some forty bytes each, since there may be millions.
+
+    Attributes:
+        damages: every damage once.
+        problems: lines that cannot be understood, in words.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._shards = {shard.key: index for index, shard in enumerate(manifest.shards)}
+        self._manifest = manifest
+        self._parts: dict[Part, array[int]] = {}
+        self._labels: list[tuple[str, str]] = []
+        self.damages: set[tuple[int, int, int, int, str]] = set()
+        self.problems: list[str] = []
+
+    def read(self, name: str, outcome: str, data: bytes) -> None:
+        """Take the entries of one list.
+
+        Args:
+            name: of the list, for the problems.
+            outcome: whose list it is.
+            data: a JSON object a line.
+        """
+        for number, line in enumerate(data.splitlines(), 1):
+            try:
+                self._take(json.loads(line), outcome)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                self.problems.append(f"{name}, line {number} cannot be understood")
+
+    def of(self, part: Part) -> list[PassedOver]:
+        """Return the entries of a shard in a pass, by ordinal; those that are alike once."""
+        numbers = self._parts.get(part, array("Q"))
+        rows = {tuple(numbers[at : at + _NUMBERS]) for at in range(0, len(numbers), _NUMBERS)}
+        shard, turn = part
+        found = []
+        for ordinal, start, stop, label in sorted(rows):
+            outcome, reason = self._labels[label]
+            found.append(PassedOver(shard, turn, reason, start, stop, ordinal=ordinal, outcome=outcome))
+        return found
+
+    def add_up(self, is_left: IsLeft) -> tuple[dict[str, tuple[Tally, ...]], Counter[str]]:
+        """Return tallies by outcome and source, and samples by reason, of all that is not left.
+
+        A sample that has several entries is one of the problems.
+        """
+        tallies: dict[str, list[Tally]] = {}
+        reasons = Counter[str]()
+        for each in self._not_left(is_left):
+            shard = self._manifest.shards[each.shard]
+            by_source = tallies.setdefault(each.outcome, [Tally()] * len(self._manifest.counts))
+            assert each.ordinal is not None
+            by_source[shard.source] += tally_one(shard.digest, each.turn, each.ordinal, each.start, each.stop)
+            reasons[each.reason] += 1
+        return {outcome: tuple(by_source) for outcome, by_source in tallies.items()}, reasons
+
+    def _not_left(self, is_left: IsLeft) -> Iterator[PassedOver]:
+        for part in self._parts:
+            before: PassedOver | None = None
+            for each in self.of(part):
+                assert each.ordinal is not None
+                if is_left(part, each.ordinal):
+                    continue
+                if before is not None and before.ordinal == each.ordinal:
+                    self.problems.append(self._describe_twice(before, each))
+                before = each
+                yield each
+
+    def _describe_twice(self, one: PassedOver, other: PassedOver) -> str:
+        entries: Sequence[PassedOver] = (one, other)
+        shown = " and as ".join(
+            f"{each.outcome} ({each.reason}, bytes {each.start} to {each.stop})" for each in entries
+        )
+        return (
+            f"{self._manifest.shards[one.shard].key}, pass {one.turn + 1}, sample {one.ordinal} is listed "
+            f"as {shown}"
+        )
+
+    def _take(self, entry: dict[str, object], outcome: str) -> None:
+        shard, turn = self._shards[str(entry["shard"])], _number(entry["turn"])
+        start, stop, reason = _number(entry["start"]), _number(entry["stop"]), str(entry["reason"])
+        if entry["outcome"] != outcome:
+            raise ValueError(outcome)
+        if entry["ordinal"] is None:
+            self.damages.add((turn, shard, start, stop, reason))
+            return
+        label = (outcome, reason)
+        if label not in self._labels:
+            self._labels.append(label)
+        row = array("Q", (_number(entry["ordinal"]), start, stop, self._labels.index(label)))
+        self._parts.setdefault((shard, turn), array("Q")).extend(row)
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(value)
+    return value
