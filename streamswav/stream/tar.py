@@ -258,8 +258,9 @@ def _read_header(feed: _Feed, size: int | None) -> _Header | None:
     start = feed.offset
     long_name, long_size = None, None
     while True:
+        extended = feed.offset > start
         header = feed.take(_BLOCK)
-        if header == _ZEROS:
+        if header == _ZEROS and not extended:
             _check_end(feed, start)
             return None
         _check_header(header, start, feed.offset)

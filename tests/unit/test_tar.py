@@ -154,3 +154,194 @@ def test_reading_from_a_samples_start_gives_the_same_samples():
         read_samples([data[whole[5].start :]], size=len(data), start=whole[5].start, ordinal=whole[5].ordinal)
     )
     assert rest == whole[5:]
+
+
+def assert_tiled(items, data):
+    """Every byte from the first to the end-of-archive blocks belongs to one sample or damage."""
+    stops = [0, *(item.stop for item in items)]
+    assert [item.start for item in items] == stops[:-1]
+    assert stops == sorted(stops)
+    assert stops[-1] <= len(data)
+    assert not any(data[stops[-1] :])
+    assert [item.ordinal for item in samples(items)] == list(range(len(samples(items))))
+
+
+NAMES = [
+    "a.jpg",
+    "a.cls",
+    "b.cls",
+    "b.jpg",
+    "README",
+    "c.json",
+    "deep/c.jpg",
+    "c.jpg",
+    "c.jpg",
+    "n" * 80 + "/" + "n" * 80 + ".jpg",
+]
+names = st.lists(st.sampled_from(NAMES), max_size=12)
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "zeros", "noise", "insert", "remove", "cut"]),
+        st.integers(0, 20_000),
+        st.one_of(st.integers(1, 3000), st.sampled_from([512, 1024, 1536])),
+    ),
+    max_size=4,
+)
+
+
+def damage(data, kind, at, length):
+    at, noise = at % (len(data) + 1), bytes((7 * i + at) % 256 for i in range(length))
+    match kind:
+        case "flip":
+            return data[:at] + bytes(255 - each for each in data[at : at + 1]) + data[at + 1 :]
+        case "zeros":
+            return data[:at] + bytes(length) + data[at + length :]
+        case "noise":
+            return data[:at] + noise + data[at + length :]
+        case "insert":
+            return data[:at] + noise + data[at:]
+        case "remove":
+            return data[:at] + data[at + length :]
+    return data[:at]
+
+
+@given(
+    names=names,
+    form=st.sampled_from(sorted(FORMATS)),
+    edits=edits,
+    aligned=st.booleans(),
+    block=st.integers(1, 9000),
+    limit=st.one_of(st.none(), st.integers(0, 4000)),
+)
+@settings(max_examples=150, deadline=None)
+def test_samples_and_damages_tile_whatever_was_done_to_the_archive(names, form, edits, aligned, block, limit):
+    data = make_tar(names, FORMATS[form], size=700)
+    for kind, at, length in edits:
+        data = damage(data, kind, at // 512 * 512 if aligned else at, length)
+    blocks = [data[i : i + block] for i in range(0, len(data), block)]
+    items = list(read_samples(blocks, size=len(data), limit=limit))
+    assert_tiled(items, data)
+    # Neither the length of blocks nor the limit has a say in what is where.
+    places = [(type(item), item.start, item.stop) for item in items]
+    assert places == [(type(item), item.start, item.stop) for item in parse(data)]
+    # From wherever a sample begins, the rest is the same.
+    for item in samples(items):
+        rest = read_samples(
+            [data[item.start :]], size=len(data), start=item.start, ordinal=item.ordinal, limit=limit
+        )
+        assert list(rest) == items[items.index(item) :]
+
+
+# Five members of a header and 1024 bytes each: a.jpg, a.cls, b.jpg, b.cls, c.jpg.
+CUTS = {
+    "before anything": (0, [], [("no_end_of_archive", 0, 0)]),
+    "in the first header": (100, [], [("truncated", 0, 100)]),
+    "after the first header": (512, [], [("truncated", 0, 512)]),
+    "in the first bytes": (1000, [], [("truncated", 0, 1000)]),
+    "at a block within bytes": (1024, [], [("truncated", 0, 1024)]),
+    "in the padding": (1530, ["a"], [("no_end_of_archive", 1530, 1530)]),
+    "between members of a sample": (1536, ["a"], [("no_end_of_archive", 1536, 1536)]),
+    "in a later header": (1700, ["a"], [("truncated", 1536, 1700)]),
+    "between samples": (3072, ["a"], [("no_end_of_archive", 3072, 3072)]),
+    "in the second sample": (4000, ["a"], [("truncated", 3072, 4000)]),
+    "before the end": (7680, ["a", "b", "c"], [("no_end_of_archive", 7680, 7680)]),
+    "in the end": (7780, ["a", "b", "c"], [("truncated", 7680, 7780)]),
+    "after one block of the end": (8192, ["a", "b", "c"], []),
+}
+
+
+@pytest.mark.parametrize(("cut", "keys", "told"), CUTS.values(), ids=CUTS.keys())
+def test_a_cut_is_told_wherever_it_is(cut, keys, told):
+    whole = make_tar(["a.jpg", "a.cls", "b.jpg", "b.cls", "c.jpg"])
+    items = parse(whole[:cut])
+    assert [item.key for item in samples(items)] == keys
+    assert [(item.reason, item.start, item.stop) for item in damages(items)] == told
+    assert_tiled(items, whole[:cut])
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+@pytest.mark.parametrize("cut", range(0, 2560, 256))
+def test_a_cut_within_a_long_name_is_told(form, cut):
+    whole = make_tar(pairs(2, "deep/" * 40), FORMATS[form])
+    first = parse(whole)[0]
+    data = whole[: first.stop + cut]
+    items = parse(data)
+    assert [item.key for item in samples(items)][:1] == [first.key]
+    assert damages(items)
+    assert_tiled(items, data)
+
+
+def test_garbage_in_the_middle_costs_what_it_covers_and_the_rest_is_read():
+    data = bytearray(make_tar(pairs(10)))
+    third, fifth = (samples(parse(bytes(data)))[number] for number in (3, 5))
+    data[third.start + 600 : fifth.start + 100] = b"\xa5" * (fifth.start + 100 - third.start - 600)
+    items = parse(bytes(data))
+    assert_tiled(items, data)
+    assert [item.key for item in samples(items) if item.image] == [
+        f"{n:04d}" for n in (0, 1, 2, 3, 6, 7, 8, 9)
+    ]
+    assert {item.reason for item in damages(items)} == {"bad_header"}
+
+
+@pytest.mark.parametrize("magic", [b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh9"])
+def test_every_compression_is_told_and_nothing_is_looked_for_in_it(magic):
+    data = magic + bytes(509) + make_tar(pairs(2))
+    assert parse(data) == [Damage("compressed", 0, len(data))]
+
+
+def test_members_out_of_order_are_samples_of_their_own():
+    items = parse(make_tar(["a.jpg", "b.jpg", "a.txt", "b.txt"]))
+    assert [(item.key, list(item.members)) for item in items] == [
+        ("a", ["jpg"]),
+        ("b", ["jpg"]),
+        ("a", ["txt"]),
+        ("b", ["txt"]),
+    ]
+    assert [item.image is None for item in items] == [False, False, True, True]
+
+
+def test_a_sample_without_an_image_is_a_sample():
+    (item,) = parse(make_tar(["a.cls", "a.json"]))
+    assert (item.key, list(item.members), item.image) == ("a", ["cls", "json"], None)
+
+
+def test_what_is_no_samples_counts_with_the_next_sample_or_with_the_last():
+    data = make_tar(["README", "a.jpg", "notes", "b.jpg", "LICENSE"])
+    items = parse(data)
+    assert [item.key for item in items] == ["a", "b"]
+    assert_tiled(items, data)
+    only = make_tar(["README", "LICENSE"])
+    assert parse(only) == [Damage("no_sample", 0, 4096 - 1024)]
+
+
+@pytest.mark.parametrize("field", [b"-0000000001\0", b"0000_0001\0  ", b"9\0          "])
+def test_a_length_that_is_no_octal_number_is_damage(field):
+    data = bytearray(make_tar(["a.jpg", "b.jpg"]))
+    data[124:136] = field
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    items = parse(bytes(data))
+    assert [item.reason for item in damages(items)] == ["bad_header"]
+    assert [item.key for item in samples(items)] == ["b"]
+    assert_tiled(items, data)
+
+
+@pytest.mark.parametrize("order", [["cls", "jpg", "txt"], ["jpg", "txt", "cls"]])
+def test_a_sample_over_the_limit_keeps_its_place_and_loses_its_members(order):
+    names = [f"{number}.{extension}" for number in range(5) for extension in order]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 50_000 if name == "2.jpg" else 400
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+    data = buffer.getvalue()
+    limited = list(read_samples([data], size=len(data), limit=1200))
+    whole = parse(data)
+    assert [item.reason for item in limited] == ["", "", "too_large", "", ""]
+    assert limited[2].members == {}
+    assert [(item.key, item.ordinal, item.start, item.stop) for item in limited] == [
+        (item.key, item.ordinal, item.start, item.stop) for item in whole
+    ]
+    assert limited[:2] + limited[3:] == whole[:2] + whole[3:]
+    assert {item.reason for item in read_samples([data], size=len(data), limit=1199)} == {"too_large"}
