@@ -17,6 +17,7 @@ import yaml
 
 from streamswav import __version__
 from streamswav.commands.run_folder import (
+    LEFT_FILE,
     MANIFEST_FILE,
     checkpoints_of,
     freeze_manifest,
@@ -29,6 +30,7 @@ from streamswav.defaults import Facts, resolve, run_samples
 from streamswav.drain import Drain
 from streamswav.errors import ConfigError, DrainedError, ManifestError, PositionError, StreamswavError
 from streamswav.models import build_trunk
+from streamswav.stream.account import list_left
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import OUTCOMES
 from streamswav.stream.plan import Grid, fit_grid
@@ -217,7 +219,7 @@ def _build_trainer(
             drain=drain,
             wants_save=lambda: saver.due(feed.trained + feed.position.grid.batch),
             wants_log=monitor.log_due,
-            on_passed_over=monitor.passed_over,
+            on_passed_over=lambda each: monitor.passed_over(each, feed.shard_key(each)),
             on_idle=lambda idle: trainer.idle(idle),  # noqa: PLW0108 - it is built from this feed
             on_grown=monitor.grown,
         ),
@@ -395,8 +397,18 @@ def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: 
         if before["stream"]["left"] == left:
             return before
         summary |= {name: before[name] for name in ("images_per_second", "loss_first", "loss_last")}
+    if position.finished:
+        _list_left(run, feed)
     run.store.write(place, json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _list_left(run: Run, feed: Feed) -> None:
+    """Name the samples that were left over, fewer than a batch, beside the checkpoints."""
+    reader = shard_reader(run.config, feed.manifest)
+    left = list_left(feed.position.carried, reader.open)
+    lines = "".join(json.dumps(each.to_json(feed.manifest)) + "\n" for each in left)
+    run.store.write(join(run.config.run.directory, LEFT_FILE), lines.encode())
 
 
 def _by_source(config: Config, position: Position) -> dict[str, dict[str, int]]:

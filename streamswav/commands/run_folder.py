@@ -18,6 +18,7 @@ from streamswav.telemetry.progress import Reporter
 from streamswav.training.checkpoint import CheckpointFolder
 
 MANIFEST_FILE = "manifest.json"
+LEFT_FILE = "left.jsonl"
 _SHOWN = 3
 
 

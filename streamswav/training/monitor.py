@@ -113,14 +113,19 @@ class Monitor:
             metrics.s3_received_bytes.inc(received)
         self._stepped, self._trained = now, images
 
-    def passed_over(self, each: PassedOver) -> None:
-        """Record bytes that are not trained."""
+    def passed_over(self, each: PassedOver, shard: str) -> None:
+        """Record bytes of a shard that are not trained."""
         self.metrics.samples.labels(each.outcome).inc(each.ordinal is not None)
         if each.outcome == "quarantined":
             self.metrics.quarantined_bytes.labels(each.reason).inc(each.stop - each.start)
         if each.reason in LOST_REASONS:
             self.metrics.stream_shards.labels("lost").inc()
-            self._reporter.event("lost_shard", f"shard {each.shard} of the manifest: {each.reason}")
+            self._reporter.event(
+                "lost_shard",
+                f"{shard}: {each.reason}; its bytes from {each.start} on are quarantined",
+                shard=shard,
+                reason=each.reason,
+            )
 
     def waiting(self, idle: bool) -> None:
         """Tell that a followed stream has nothing left for now, or has something again."""

@@ -57,6 +57,8 @@ def test_excluded_and_filtered_samples_are_counted_listed_and_not_trained(shards
     assert stream["trained"] + stream["left"] == wide - 15
     assert stream["missing"] == 0
     assert stream["left"] < 16
+    left = [json.loads(line) for line in (tmp_path / "run" / "left.jsonl").read_text().splitlines()]
+    assert len({each["key"] for each in left}) == stream["left"] > 0
     excluded, filtered = (listed(tmp_path / "run", name) for name in ("excluded", "filtered"))
     assert {each["key"] for each in excluded} == {f"s0_{n}" for n in range(1, 30, 2)}
     assert len(filtered) == len({(each["shard"], each["ordinal"]) for each in filtered}) == SAMPLES - wide
