@@ -456,6 +456,19 @@ def test_a_slow_body_is_no_failure_as_long_as_bytes_come(clock: list[float]) -> 
     assert clock[0] > 90
 
 
+def test_a_body_that_comes_in_pieces_is_not_paused_for_longer_each_time(clock: list[float]) -> None:
+    body = bytearray()
+
+    def attempt(_: float) -> int:
+        body.append(0)
+        if len(body) < 50:
+            raise TransientError("error", "the connection ended early")
+        return len(body)
+
+    assert retrier().call(attempt, url="s3://bucket/a", operation="read", received=lambda: len(body)) == 50
+    assert clock[0] <= 49 * 2 * retry.BASE_SECONDS
+
+
 def test_the_last_failure_told_is_not_the_one_that_the_deadline_cut_short(clock: list[float]) -> None:
     def attempt(left: float) -> None:
         clock[0] += 1.0

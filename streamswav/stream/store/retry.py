@@ -140,7 +140,7 @@ class _Trouble:
     def __init__(self, url: str, operation: str, deadline: float, warn: Callable[[str], None]) -> None:
         self._url, self._operation, self._deadline, self._warn = url, operation, deadline, warn
         self._started = self._moved = time.monotonic()
-        self._failures, self._reason = 0, ""
+        self._failures, self._in_a_row, self._reason = 0, 0, ""
 
     @property
     def left(self) -> float:
@@ -150,6 +150,7 @@ class _Trouble:
     def add(self, failure: TransientError) -> None:
         """Note a failure."""
         self._failures += 1
+        self._in_a_row += 1
         # The deadline cuts the last attempt short: what failed before it says more.
         if not self._reason or failure.outcome != "timeout" or self.left > 0:
             self._reason = failure.reason
@@ -161,13 +162,13 @@ class _Trouble:
             UnavailableError: the deadline has passed.
         """
         if moved:
-            self._moved = time.monotonic()
+            self._moved, self._in_a_row = time.monotonic(), 1
         left, elapsed = self.left, time.monotonic() - self._started
         if left <= 0:
             raise self.ended()
         if elapsed > QUIET_SECONDS:
             self._warn(f"{self._url}: {self._reason}; trying for up to {self._deadline:.0f} s")
-        time.sleep(min(backoff(self._failures), left))
+        time.sleep(min(backoff(self._in_a_row), left))
 
     def ended(self) -> UnavailableError:
         """Return the error that tells what was tried."""
