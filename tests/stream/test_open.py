@@ -4,9 +4,11 @@ import itertools
 import json
 
 import pytest
+from conftest import encode_image
 
-from streamswav.errors import ManifestError, PositionError
+from streamswav.errors import ConfigError, ManifestError, PositionError
 from streamswav.stream import Position, open_stream
+from streamswav.stream.plan import Grid
 
 
 def identities(stream):
@@ -63,3 +65,112 @@ def test_one_location_may_be_given_bare_as_text_or_path(make_shards, tmp_path):
     make_shards(tmp_path, counts=[3])
     assert identities(open_stream(tmp_path)) == identities(open_stream(str(tmp_path)))
     assert identities(open_stream([tmp_path])) == identities(open_stream(tmp_path))
+
+
+def through_json(stream):
+    return json.loads(json.dumps(stream.state_dict()))
+
+
+@pytest.mark.parametrize("given", [0, 1, 5, 12, 20, 23])
+def test_a_state_taken_anywhere_gives_exactly_the_rest(make_shards, tmp_path, given):
+    make_shards(tmp_path, counts=[9, 14])
+    whole = identities(open_stream(tmp_path, window=5))
+    stream = open_stream(tmp_path, window=5)
+    begun = identities(itertools.islice(stream, given))
+    again = open_stream(tmp_path, window=5)
+    again.load_state_dict(through_json(stream))
+    assert begun + identities(again) == whole
+    assert again.state_dict() == run_through(tmp_path).state_dict()
+
+
+def run_through(folder):
+    stream = open_stream(folder, window=5)
+    list(stream)
+    return stream
+
+
+def test_a_stream_left_in_the_middle_goes_on_where_it_was(make_shards, tmp_path):
+    make_shards(tmp_path, counts=[9, 14])
+    stream = open_stream(tmp_path, window=5)
+    begun = identities(itertools.islice(stream, 7))
+    assert begun + identities(stream) == identities(open_stream(tmp_path, window=5))
+    assert identities(stream) == []
+
+
+def test_what_is_excluded_or_filtered_is_not_given_and_counted(make_shards, tmp_path):
+    make_shards(tmp_path / "shards", counts=[10, 10])
+    (tmp_path / "keys.txt").write_text("0_3\n1_4\n")
+    stream = open_stream(
+        tmp_path / "shards",
+        window=4,
+        exclude=[str(tmp_path / "keys.txt")],
+        where=["label < 7", "width == 48"],
+    )
+    assert sorted(sample.key for sample in stream) == sorted(
+        f"{shard}_{index}" for shard in (0, 1) for index in range(7) if (shard, index) not in {(0, 3), (1, 4)}
+    )
+    counts = {
+        outcome: stream.position.total(outcome).samples for outcome in ("trained", "excluded", "filtered")
+    }
+    assert counts == {"trained": 12, "excluded": 2, "filtered": 6}
+
+
+def test_what_is_passed_over_is_counted_once_wherever_the_stream_was_cut(make_shards, tmp_path):
+    make_shards(tmp_path / "shards", counts=[10, 10])
+    (tmp_path / "keys.txt").write_text("0_3\n1_4\n")
+    tar = tmp_path / "shards" / "shard-000001.tar"
+    data = bytearray(tar.read_bytes())
+    at = data.index(b"1_5.")
+    data[at : at + 512] = b"x" * 512
+    tar.write_bytes(data)
+    options = {"window": 4, "exclude": [str(tmp_path / "keys.txt")]}
+    whole = open_stream(tmp_path / "shards", **options)
+    count = len(list(whole))
+    assert len(whole.damages) == 1
+    for given in range(count):
+        stream = open_stream(tmp_path / "shards", **options)
+        list(itertools.islice(stream, given))
+        again = open_stream(tmp_path / "shards", **options)
+        again.load_state_dict(through_json(stream))
+        assert len(list(again)) == count - given
+        assert again.state_dict() == whole.state_dict()
+
+
+def test_each_url_has_passes_of_its_own(make_shards, tmp_path):
+    make_shards(tmp_path / "a", counts=[4])
+    make_shards(tmp_path / "b", counts=[6])
+    seen = identities(open_stream([tmp_path / "a", tmp_path / "b"], passes=[3, 1]))
+    assert len(seen) == len(set(seen)) == 3 * 4 + 6
+    with pytest.raises(ConfigError, match="one for each of the 2 urls"):
+        open_stream([tmp_path / "a", tmp_path / "b"], passes=[3])
+
+
+def test_the_memory_does_not_change_the_order(make_shards, tmp_path):
+    make_shards(tmp_path, counts=[40], image=lambda number: encode_image(number, (320, 240)))
+    small = open_stream(tmp_path, memory=6 << 20)
+    assert identities(small) == identities(open_stream(tmp_path))
+    with pytest.raises(ConfigError, match="memory"):
+        next(open_stream(tmp_path, memory=1 << 16))
+
+
+def test_the_position_of_many_lanes_goes_on_in_one_process(make_shards, tmp_path):
+    make_shards(tmp_path, counts=[9, 14])
+    manifest = open_stream(tmp_path).manifest
+    state = Position(manifest.digest, Grid(8, 4, 2, 5), seed=0).to_json()
+    stream = open_stream(tmp_path)
+    stream.load_state_dict(state)
+    assert len(set(identities(stream))) == 23
+
+
+@pytest.mark.parametrize("state", [{}, {"order_version": 2}, {"order_version": 2, "grid": 1}])
+def test_what_is_no_state_is_refused(make_shards, tmp_path, state):
+    make_shards(tmp_path, counts=[3])
+    with pytest.raises(PositionError, match="not the state of a stream"):
+        open_stream(tmp_path).load_state_dict(state)
+
+
+@pytest.mark.parametrize("part", [(2, 2), (-1, 2)])
+def test_a_part_that_does_not_exist_is_refused(make_shards, tmp_path, part):
+    make_shards(tmp_path, counts=[3])
+    with pytest.raises(ConfigError, match="part"):
+        open_stream(tmp_path, part=part)
