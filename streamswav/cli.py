@@ -77,6 +77,10 @@ def _build_parser(command: str) -> Parser:
         each.set_defaults(takes_keys=True)
         if name == command:
             _declare_evaluation(each, name)
+    audit = _add_command(commands, "audit", _audit, "account for every sample of a run, trained or not")
+    audit.set_defaults(takes_keys=True)
+    if command == "audit":
+        _declare_audit(audit)
     _add_command(commands, "keys", _keys, "list all keys of the configuration with their defaults")
     _add_command(commands, "schema", _schema, "print the configuration's JSON schema")
     return parser
@@ -127,6 +131,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     storage = load_config(None, os.environ, arguments.keys).storage
     getattr(evaluate, f"run_{arguments.command}")(arguments, storage=storage)
+
+
+def _declare_audit(parser: argparse.ArgumentParser) -> None:
+    from streamswav.commands import audit  # noqa: PLC0415
+
+    audit.add_arguments(parser)
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from streamswav.commands.audit import run_audit  # noqa: PLC0415
+
+    run_audit(arguments, given=load_config(None, os.environ, arguments.keys))
 
 
 def _keys(_: argparse.Namespace) -> None:

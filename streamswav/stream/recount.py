@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 from streamswav.errors import ChangedError, NotFoundError
@@ -82,23 +81,27 @@ def search(store: Store, task: Search) -> list[Place] | Unreadable:
 
 def map_tasks(
     function: Callable[[Store, Task], Result], tasks: Iterable[Task], store: Store, *, workers: int
-) -> Iterator[Result]:
-    """Yield `function(store, task)` in the order of the tasks; with one worker here, else in processes."""
-    call = partial(function, store)
+) -> Iterator[tuple[Task, Result]]:
+    """Yield each task with `function(store, task)`, in order; with one worker here, else in processes."""
     if workers <= 1:
-        yield from map(call, tasks)
+        for task in tasks:
+            yield task, function(store, task)
         return
     # A server that has imported everything once is forked: threads and clients only start in the forks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[tuple[Task, Future[Result]]] = deque()
         for task in tasks:
-            waiting.append(pool.submit(call, task))
+            waiting.append((task, pool.submit(function, store, task)))
             if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
+                yield _settled(*waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _settled(*waiting.popleft())
+
+
+def _settled(task: Task, future: Future[Result]) -> tuple[Task, Result]:
+    return task, future.result()
 
 
 def _reading(
