@@ -2,10 +2,12 @@
 
     .venv/bin/python ops/benchmarks/memory.py
     .venv/bin/python ops/benchmarks/memory.py --budget 2147483648 --lanes 8 256 --json memory.json
+    .venv/bin/python ops/benchmarks/memory.py --shards 8 --lanes 16 64
 
 Every row is a loader process of its own. It reads two windows of every lane from local files (a few shards
 under many names), in turns, and gives the samples away undecoded. Its base is what it holds before it reads;
-the peak is the kernel's (VmHWM), so that the allocator's waste counts.
+the peak is the kernel's (VmHWM), so that the allocator's waste counts. "Read" is bytes read over bytes of the
+shards: samples that found no room in their window are read again. With few shards the lanes stride them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from streamswav.stream.plan import Deal, Grid, Plan, make_plan
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader
 from streamswav.stream.store import Store
+from streamswav.stream.store.local import LocalFiles
 
 MiB = 1 << 20
 SHARDS_A_LANE = 4
@@ -47,10 +50,10 @@ class Reading(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, float]]:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        base, began, samples, size = status("VmRSS"), time.perf_counter(), 0, 0
+        base, began, samples = status("VmRSS"), time.perf_counter(), 0
         grid = self.plan.grid
         self.reader.share_among(grid.lanes, grid.window)
-        shelf = self.reader.shelf
+        shelf, read = self.reader.shelf, count_reads()
         lanes = [LaneReader(self.plan, lane, self.reader.open, shelf=shelf) for lane in range(grid.lanes)]
         for lane in lanes:
             if piece := lane.next_piece:
@@ -62,14 +65,15 @@ class Reading(IterableDataset):
                 lane.ask(grid.share)
             for lane in lanes:
                 for _ in range(grid.share):
-                    if (sample := next(lane, None)) is not None:
-                        samples, size, going = samples + 1, size + sample.stop - sample.start, True
+                    if next(lane, None) is not None:
+                        samples, going = samples + 1, True
         yield {
             "lanes": grid.lanes,
             "peak_over_base": status("VmHWM") - base,
             "base": base,
             "held_at_most": shelf.peak,
-            "read_again": shelf.read_again / size,
+            "read": sum(read) / sum(shard.size for shard in self.reader.manifest.shards),
+            "requests": len(read),
             "samples": samples,
             "samples_a_second": samples / (time.perf_counter() - began),
         }
@@ -81,11 +85,13 @@ def main() -> int:
     print(
         f"budget {options.budget / MiB:.0f} MiB, windows of {options.window} samples of {options.size} bytes"
     )
-    print(" lanes  windows MiB  held MiB  peak over base MiB  of the budget  read again  samples/s")
+    print(" lanes  windows MiB  held MiB  peak over base MiB  of the budget  read  requests  samples/s")
     with tempfile.TemporaryDirectory() as folder:
-        sources = build(Path(folder, "sources"), samples=options.window // 2, size=options.size)
+        samples = options.window // 2 if options.shards is None else options.window * 4
+        sources = build(Path(folder, "sources"), samples=samples, size=options.size)
         for lanes in options.lanes:
-            row = measure(link(Path(folder, str(lanes)), sources, lanes * SHARDS_A_LANE), lanes, options)
+            shards = options.shards or lanes * SHARDS_A_LANE
+            row = measure(link(Path(folder, str(lanes)), sources, shards), lanes, options)
             rows.append({**row, "budget": options.budget})
             print(describe(row, options))
     if options.json:
@@ -101,6 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=512 * MiB, help="stream.memory in bytes")
     parser.add_argument("--window", type=int, default=128, help="samples of a window")
     parser.add_argument("--size", type=int, default=100_000, help="bytes of a sample, on average")
+    parser.add_argument("--shards", type=int, help="shards; by default four a lane, which none must stride")
     parser.add_argument("--share", type=int, default=2, help="samples that a lane gives in turn")
     parser.add_argument("--json", type=Path, help="file for the results")
     return parser.parse_args()
@@ -111,7 +118,8 @@ def describe(row: dict[str, float], options: argparse.Namespace) -> str:
     windows, peak = row["lanes"] * options.window * options.size, row["peak_over_base"]
     return (
         f"{row['lanes']:6} {windows / MiB:12.0f} {row['held_at_most'] / MiB:9.0f} {peak / MiB:19.0f} "
-        f"{peak / options.budget:14.2f} {row['read_again']:11.2f} {row['samples_a_second']:10.0f}"
+        f"{peak / options.budget:14.2f} {row['read']:5.2f} {row['requests']:9} "
+        f"{row['samples_a_second']:10.0f}"
     )
 
 
@@ -129,6 +137,20 @@ def measure(folder: Path, lanes: int, options: argparse.Namespace) -> dict[str, 
             if row is not None:
                 return row
     raise AssertionError("the process gives a row")
+
+
+def count_reads() -> list[int]:
+    """A list to which every read of a file adds its length."""
+    lengths: list[int] = []
+    read = LocalFiles.read
+
+    def counted(*asked: object) -> bytes:
+        data = read(*asked)
+        lengths.append(len(data))
+        return data
+
+    LocalFiles.read = counted
+    return lengths
 
 
 def status(name: str) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from streamswav.errors import ConfigError
+from streamswav.stream.sharing import SharedShards
 from streamswav.stream.tar import Damage, TarSample
 
 SMALLEST_BLOCK = 64 << 10
@@ -88,6 +89,7 @@ class Shelf:
         fetch: begins to read a sample of a shard again.
 
     Attributes:
+        shared: shards that several of the lanes stride.
         peak: most bytes that were ever on it.
         read_again: bytes of all samples that were read again.
     """
@@ -95,6 +97,7 @@ class Shelf:
     def __init__(self, held: int, ahead: int, fetch: Fetch) -> None:
         self._room, self._ahead, self._fetch = held, ahead, fetch
         self._held = self._asked = self.peak = self.read_again = 0
+        self.shared = SharedShards(self)
 
     @property
     def used(self) -> int:
@@ -103,8 +106,15 @@ class Shelf:
 
     def keep(self, sample: TarSample) -> TarSample:
         """Return the sample as it fits: whole, or without its bytes."""
+        return self._put(sample, self._room)
+
+    def lend(self, sample: TarSample) -> TarSample:
+        """Return the sample as it fits for a lane that comes later: half the room is for these."""
+        return self._put(sample, self._room // 2)
+
+    def _put(self, sample: TarSample, room: int) -> TarSample:
         size = _size(sample)
-        if not sample.members or self._held + size > self._room:
+        if not sample.members or self._held + size > room:
             return replace(sample, members={})
         self._held += size
         self._note()

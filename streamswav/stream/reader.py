@@ -104,7 +104,12 @@ class ShardReader:
         return self._shares.block
 
     def begin(self, piece: Piece) -> None:
-        """Ask for the first blocks of a piece that will be opened soon, without waiting for them."""
+        """Ask for the first blocks of a piece that will be opened soon, without waiting for them.
+
+        Of several pieces that stride one shard only the first is begun: the others will follow it.
+        """
+        if piece.stride > 1 and any(shard == piece.shard for shard, _ in self._begun):
+            return
         blocks = self._blocks(piece.shard, piece.offset)
         blocks.begin()
         self._begun.setdefault((piece.shard, piece.offset), []).append(blocks)

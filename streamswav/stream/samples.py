@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from streamswav.stream.memory import Answer, Shelf
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver
@@ -87,6 +88,10 @@ class LaneReader:
         self._plan, self._lane, self._shelf = plan, lane, shelf
         self.cursor = self._end = cursor or plan.start(lane)
         self._pieces = plan.lanes[lane]
+        if shelf is not None:
+            for _, _, begun in self._begin_pieces(self.cursor):
+                shelf.shared.expect(begun)
+            open_piece = partial(shelf.shared.open, open_piece=open_piece)
         self._walk = _Walk(self._begin_pieces(self.cursor), open_piece)
         self._window: dict[int, tuple[int, TarSample]] = {}
         self._order: deque[int] = deque()
