@@ -166,9 +166,17 @@ def _rows(
         yield _row("trained + left", run.position.total("trained") + listed)
     else:
         yield Row(LEFT, "", sum(left) if left is not None else None, None, None)
-    damages = [each for each in run.position.damages if each.reason not in LOST_REASONS]
-    yield Row("damaged", "", None, sum(each.stop - each.start for each in damages), None)
-    yield Row("lost with their shards", "", None, run.position.lost_bytes, None)
+    yield from _rows_of_no_sample(run, recounted)
+
+
+def _rows_of_no_sample(run: AuditedRun, recounted: Recounted | None) -> Iterator[Row]:
+    """Yield bytes that are no sample's; damages that the run has yet to meet are known to a recount alone."""
+    met = [each for each in run.position.damages if each.reason not in LOST_REASONS]
+    met_bytes = sum(each.stop - each.start for each in met)
+    whole = recounted is not None and not (recounted.unreadable or recounted.lost)
+    yield Row("damaged", "", None, recounted.damaged_bytes if recounted and whole else met_bytes, None)
+    if run.position.lost_bytes:
+        yield Row("lost with their shards", "", None, run.position.lost_bytes, None)
     if recounted and recounted.lost:
         difference = minus(run.position.total("trained"), recounted.total("trained"))
         yield _row("trained, of lost shards", difference)
@@ -201,8 +209,9 @@ def _to_text(report: Report) -> str:
         name = f"  of {row.source}" if row.source else row.outcome
         digest = f"  {row.digest or ''}"
         lines.append(f"{name:<26}{_number(row.samples):>16}{_number(row.bytes):>22}{digest}".rstrip())
-        if row.outcome == "quarantined" and not row.source:
-            lines += (f"  {reason:<24}{count:>16,}" for reason, count in sorted(position.reasons.items()))
+    if position.reasons:
+        told = " · ".join(f"{reason} {count:,}" for reason, count in sorted(position.reasons.items()))
+        lines += ["", f"passed over, by reason: {told}"]
     lines += ["", *(f"{_SIGNS[each.verdict]}  {each.name}: {each.detail}" for each in report.checks), ""]
     lost = report.recounted.lost if report.recounted else []
     lines += [f"not recounted, since the run lost it: {each}" for each in lost]
