@@ -63,6 +63,10 @@ class CheckpointFolder:
     def __init__(self, url: str, store: Store, *, warn: Callable[[str], None] = lambda _: None) -> None:
         self.url, self._store, self._warn = url, store, warn
 
+    def through(self, store: Store) -> CheckpointFolder:
+        """Return the same folder as another store reaches it."""
+        return CheckpointFolder(self.url, store, warn=self._warn)
+
     def save(
         self, files: Mapping[str, bytes], *, step: int, images: int, about: Mapping[str, Any]
     ) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -64,6 +65,15 @@ class Saver:
         self._saved_images = 0
         self._finished = False
         self.last: Checkpoint | None = None
+
+    def hurried(self, seconds: float) -> Saver:
+        """Return a saver of the same run that gives storage only so many seconds."""
+        section = self._store.section
+        deadline = min(seconds, section.deadline_seconds)
+        other = copy.copy(self)
+        other._store = Store(section.model_copy(update={"deadline_seconds": deadline}))
+        other._folder = self._folder.through(other._store)
+        return other
 
     def due(self, images: int) -> bool:
         """Tell whether minutes, or with `images` trained the images, since the last checkpoint are over."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
 
 from streamswav.crops import Augment
-from streamswav.errors import DrainedError
+from streamswav.errors import BudgetSpentError, DrainedError, StorageError, UnavailableError
 from streamswav.loader import Batch
 from streamswav.training.feed import Feed
 from streamswav.training.learner import Learner
 from streamswav.training.monitor import Monitor
 from streamswav.training.pace import Pace
 from streamswav.training.saver import Saver
+
+RESCUE_SECONDS = 20.0
 
 
 class Trainer:
@@ -91,11 +94,25 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         batches = iter(self._feed)
         while not self.done:
-            with self._monitor.phase("data_wait"):
-                batch = next(batches, None)
+            try:
+                with self._monitor.phase("data_wait"):
+                    batch = next(batches, None)
+            except (UnavailableError, BudgetSpentError):
+                self._rescue()
+                raise
             if batch is None:
                 return
             yield batch
+
+    def _rescue(self) -> None:
+        """Save before the stream's error ends the run: all ranks have it after the same step.
+
+        The checkpoints may lie where the shards do, so storage is given little time.
+        """
+        if self.step:
+            self._log(self._pace.stride(self._feed.trained, self._feed.committed_bytes).rate)
+            with contextlib.suppress(StorageError):
+                self._save(self._saver.hurried(RESCUE_SECONDS))
 
     def _augmented(self, batch: Batch) -> list[torch.Tensor]:
         """Move the crops to the device and augment them there, resolution by resolution."""
@@ -116,9 +133,10 @@ class Trainer:
             quarantined=self._feed.skipped,
         )
 
-    def _save(self) -> None:
+    def _save(self, saver: Saver | None = None) -> None:
         feed, monitor = self._feed, self._monitor
         with monitor.saving():
-            saved = self._saver.save(self._learner, feed, step=self.step, loss_first=monitor.loss_first)
+            saver = saver or self._saver
+            saved = saver.save(self._learner, feed, step=self.step, loss_first=monitor.loss_first)
         if saved:
             monitor.saved(saved)
