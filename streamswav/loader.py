@@ -180,7 +180,7 @@ class LaneBatches(IterableDataset[Item]):
             started = time.perf_counter()
             try:
                 share.crops.append(self._crop(sample))
-                share.taken.append(sample)
+                share.taken.append(replace(sample, members={}, image=None))
             except DecodeError as error:
                 share.quarantined.append(pass_over(sample.id, sample, "quarantined", error.reason))
             share.decoding += time.perf_counter() - started

@@ -152,11 +152,6 @@ class Position:
         damages = (each for each in fresh if each.ordinal is None)
         return replace(position, reasons=dict(reasons), damages=(*self.damages, *damages))
 
-    @property
-    def lost_bytes(self) -> int:
-        """Bytes of shards that went missing or were changed."""
-        return sum(each.stop - each.start for each in self.damages if each.reason in LOST_REASONS)
-
     def deal_again(self, dealt: Deal, *, manifest: str | None = None, grid: Grid | None = None) -> Position:
         """Return the position at the start of a new generation of this pass."""
         return replace(
@@ -231,6 +226,16 @@ class Position:
             dealt=values["dealt"] and Deal.from_json(values["dealt"]),
             damages=tuple(PassedOver(**each) for each in values["damages"]),
         )
+
+
+def lost_bytes(found: Iterable[PassedOver]) -> int:
+    """Return the bytes of lost shards; several lanes tell of one, each from where it was."""
+    spans: dict[tuple[int, int], tuple[int, int]] = {}
+    for each in found:
+        if each.reason in LOST_REASONS:
+            start, stop = spans.get((each.turn, each.shard), (each.start, each.stop))
+            spans[each.turn, each.shard] = (min(start, each.start), max(stop, each.stop))
+    return sum(stop - start for start, stop in spans.values())
 
 
 def _tally(each: PassedOver, manifest: Manifest) -> tuple[int, Tally]:

@@ -27,7 +27,7 @@ from streamswav.stream.plan import (
     remaining,
     without,
 )
-from streamswav.stream.position import Position
+from streamswav.stream.position import Position, lost_bytes
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import name_samples
 from streamswav.stream.select import Selection
@@ -258,8 +258,8 @@ class Feed:
         )
 
     def _check_lost(self, found: Sequence[PassedOver]) -> None:
-        lost = self.position.lost_bytes + sum(each.stop - each.start for each in found)
-        if found and lost > self._settings.shard_ratio * self.manifest.size:
+        lost = lost_bytes([*self.position.damages, *found]) if found else 0
+        if lost > self._settings.shard_ratio * self.manifest.size:
             raise BudgetSpentError(
                 f"{lost:,} bytes of {self.manifest.size:,} are in shards that are gone or were changed, more "
                 f"than stream.shard_ratio = {self._settings.shard_ratio} allows; the latest: "

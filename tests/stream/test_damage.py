@@ -221,6 +221,6 @@ def test_every_sample_of_damaged_shards_is_trained_left_or_quarantined_once(dama
 
 
 def test_too_few_usable_samples_are_refused(damaged):
-    feed = make_feed(damaged, Grid(80, 4, 1, 16))
+    feed = make_feed(damaged, Grid(80, 4, 1, 16), passes=1)
     with pytest.raises(ManifestError, match=r"usable samples, fewer than .* 80"):
         train(feed)

@@ -11,7 +11,7 @@ from streamswav.errors import EXIT_CONFIG, EXIT_DONE, BudgetSpentError
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.outcomes import LOST_REASONS
 from streamswav.stream.plan import Grid
-from streamswav.stream.position import Position
+from streamswav.stream.position import Position, lost_bytes
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import Store
 from streamswav.training.distributed import Ranks
@@ -69,7 +69,7 @@ def test_lost_shards_in_mid_pass_are_quarantined_within_their_budget(shards):
     left = sum(len(piece.named()) for piece in position.carried)
     assert position.trained + left == sum(COUNTS) - 80
     sizes = {shard.key: shard.size for shard in feed.manifest.shards}
-    assert position.lost_bytes == sum(sizes[key] for key in lost)
+    assert lost_bytes(position.damages) == sum(sizes[key] for key in lost)
 
 
 def test_lost_shards_beyond_their_budget_end_the_run_with_the_evidence(shards):
