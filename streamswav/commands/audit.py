@@ -175,8 +175,8 @@ def _rows_of_no_sample(run: AuditedRun, recounted: Recounted | None) -> Iterator
     met_bytes = sum(each.stop - each.start for each in met)
     whole = recounted is not None and not (recounted.unreadable or recounted.lost)
     yield Row("damaged", "", None, recounted.damaged_bytes if recounted and whole else met_bytes, None)
-    if run.position.lost_bytes:
-        yield Row("lost with their shards", "", None, run.position.lost_bytes, None)
+    if run.lost_bytes(position.damages):
+        yield Row("lost with their shards", "", None, run.lost_bytes(position.damages), None)
     if recounted and recounted.lost:
         difference = minus(run.position.total("trained"), recounted.total("trained"))
         yield _row("trained, of lost shards", difference)
