@@ -19,6 +19,7 @@ from streamswav.config import Config
 from streamswav.errors import ConfigError, DataError
 from streamswav.stream.account import LEFT, LeftSample, list_left
 from streamswav.stream.outcomes import LOST_REASONS, OUTCOMES, Tally
+from streamswav.stream.position import lost_bytes
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import redact
 
@@ -175,8 +176,8 @@ def _rows_of_no_sample(run: AuditedRun, recounted: Recounted | None) -> Iterator
     met_bytes = sum(each.stop - each.start for each in met)
     whole = recounted is not None and not (recounted.unreadable or recounted.lost)
     yield Row("damaged", "", None, recounted.damaged_bytes if recounted and whole else met_bytes, None)
-    if run.lost_bytes(position.damages):
-        yield Row("lost with their shards", "", None, run.lost_bytes(position.damages), None)
+    if lost_bytes(run.position.damages):
+        yield Row("lost with their shards", "", None, lost_bytes(run.position.damages), None)
     if recounted and recounted.lost:
         difference = minus(run.position.total("trained"), recounted.total("trained"))
         yield _row("trained, of lost shards", difference)
