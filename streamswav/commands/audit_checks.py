@@ -70,7 +70,9 @@ def check_counts(run: AuditedRun, left: Sequence[int] | None) -> Check:
         return Check(name, "ok", detail)
     # A damage may swallow samples, or cut one of several members in two.
     if damages and difference >= -damages:
-        return Check(name, "ok", f"{detail}; {damages} damages explain the difference of {difference:,}")
+        return Check(
+            name, "ok", f"{detail}; the difference of {difference:,} lies in {count(damages, 'damage')}"
+        )
     return Check(name, "FAILED", f"{detail}, and no damage explains the difference of {difference:,}")
 
 
@@ -116,12 +118,17 @@ def read_left(run: AuditedRun) -> tuple[Tally | None, Check | None]:
             f"it lists {tally.samples:,} samples, {len(listed - named):,} of them not the {len(named):,} left"
         )
         return None, Check(LEFT_FILE, "FAILED", detail)
-    return tally, Check(LEFT_FILE, "ok", f"it lists the {len(named):,} samples that are left")
+    return tally, Check(LEFT_FILE, "ok", f"it lists {count(len(named), 'sample')}, those that are left")
 
 
 def describe(tally: Tally) -> str:
     """Put a tally in words."""
-    return f"{tally.samples:,} samples, {tally.bytes:,} bytes, digest {tally.digest:016x}"
+    return f"{count(tally.samples, 'sample')}, {tally.bytes:,} bytes, digest {tally.digest:016x}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, of which it may be one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _check_entries(run: AuditedRun) -> Check:
@@ -147,7 +154,9 @@ def _check_reasons(run: AuditedRun, listed: Mapping[str, int]) -> Check:
     counted = run.position.reasons
     differ = sorted(name for name in {*counted, *listed} if counted.get(name, 0) != listed.get(name, 0))
     if not differ:
-        return Check("reasons", "ok", f"{sum(counted.values()):,} samples passed over, by reason as listed")
+        return Check(
+            "reasons", "ok", f"{count(sum(counted.values()), 'sample')} passed over, by reason as listed"
+        )
     told = (f"{name}: position {counted.get(name, 0):,}, lists {listed.get(name, 0):,}" for name in differ)
     return Check("reasons", "FAILED", few(list(told)))
 
@@ -161,7 +170,7 @@ def _check_damages(run: AuditedRun) -> Check:
     ]
     if missing:
         return Check("damages", "FAILED", f"not in the lists: {few(missing)}")
-    return Check("damages", "ok", f"all {len(damages):,} are listed")
+    return Check("damages", "ok", f"{count(len(damages), 'damage')}, each of them listed")
 
 
 def _check_bytes(run: AuditedRun, source: int) -> Check:

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from streamswav.commands.audit_checks import Check, describe, few, left_by_source, of_sources
+from streamswav.commands.audit_checks import Check, count, describe, few, left_by_source, of_sources
 from streamswav.commands.audited import AuditedRun
 from streamswav.stream.account import LEFT, PartAccount, Range
 from streamswav.stream.manifest import Shard
@@ -131,9 +131,11 @@ def check_recount(run: AuditedRun, recounted: Recounted) -> Iterator[Check]:
         detail = f"{few(recounted.unreadable)}; where they lie now can be said by --stream.urls"
         yield Check("shards", "FAILED", detail)
     else:
-        yield Check("shards", "ok", f"{recounted.shards:,} gone through, each as it was listed")
+        yield Check("shards", "ok", f"{count(recounted.shards, 'shard')} gone through, each as it was listed")
     if recounted.problem_count:
-        yield Check("ranges", "FAILED", f"{recounted.problem_count:,} misfits: {few(recounted.problems)}")
+        yield Check(
+            "ranges", "FAILED", f"{count(recounted.problem_count, 'misfit')}: {few(recounted.problems)}"
+        )
     else:
         detail = f"samples, damages and archive ends tile {recounted.bytes:,} bytes, no hole and no overlap"
         yield Check("ranges", "ok", detail)

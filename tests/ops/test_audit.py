@@ -183,7 +183,7 @@ def test_a_run_on_s3_is_recounted_there_by_several_processes(s3, make_shards, au
     given = (f"{bucket}/run", "--recount", "--storage.endpoint_url", s3.endpoint)
     code, out, err = audit(*given, "--ranges", f"{bucket}/ranges.jsonl", workers=2)
     assert (code, err) == (EXIT_DONE, ""), out
-    assert "4 gone through" in out
+    assert "4 shards gone through" in out
     assert len((folder / "ranges.jsonl").read_text().splitlines()) > 16
 
 

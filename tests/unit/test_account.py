@@ -90,6 +90,15 @@ def test_topologies_that_divide_the_grid_train_the_same_samples_by_their_digest(
     assert recount(run) == recount(undisturbed)
 
 
+def test_shards_that_joined_after_the_checkpoint_are_not_begun():
+    run = Simulation.of([make_tar(9), make_tar(8)], Grid(4, 2, 1, 4))
+    run.run(batches=1)
+    later = manifest_of([make_tar(n) for n in (9, 8, 7)]).shards[2:]
+    grown = run.manifest.grown(later, (None,))
+    assert begun_parts(run.position, grown) == [(0, 0), (1, 0)]
+    assert {shard for shard, _ in by_part(run.position.left(grown))} == {0, 1}
+
+
 def test_what_is_left_is_listed_in_order_with_keys_and_places():
     run = Simulation.of([make_tar(count) for count in (11, 30, 10)], Grid(8, 2, 2, 4))
     run.run()
