@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import yaml
 
 from streamswav import __version__
 from streamswav.commands.run_folder import (
-    LEFT_FILE,
     MANIFEST_FILE,
+    Run,
     checkpoints_of,
     freeze_manifest,
     read_begun,
     refuse_other_grid,
 )
-from streamswav.config import Config, StreamSection, dump_config, parse_config
+from streamswav.commands.summary import summarise
+from streamswav.config import Config, dump_config
 from streamswav.crops import Augment, MultiCrop, image_size
 from streamswav.defaults import Facts, resolve, run_samples
 from streamswav.drain import Drain
 from streamswav.errors import ConfigError, DrainedError, ManifestError, PositionError, StreamswavError
 from streamswav.models import build_trunk
-from streamswav.stream.account import list_left
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import OUTCOMES
 from streamswav.stream.plan import Grid, fit_grid
 from streamswav.stream.position import Position
-from streamswav.stream.reader import ShardReader
 from streamswav.stream.select import Selection, load_selection
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.exporter import serve_metrics
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
-from streamswav.training.build import build_learner, known
-from streamswav.training.checkpoint import find_checkpoint
+from streamswav.training.build import build_learner, build_reader, feed_settings, known
 from streamswav.training.distributed import Ranks, join_ranks, local_world_size
-from streamswav.training.feed import Feed, FeedSettings, Hooks
+from streamswav.training.feed import Feed, Hooks
 from streamswav.training.growth import Growth
 from streamswav.training.monitor import Monitor
 from streamswav.training.pace import make_pace
@@ -52,18 +47,6 @@ from streamswav.training.saver import Restored, Saver, load_into, without_secret
 from streamswav.training.trainer import Trainer
 
 _LEADER_FIRST_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all parts of a run share once it has started."""
-
-    config: Config
-    manifest: Manifest
-    ranks: Ranks
-    store: Store
-    reporter: Reporter
-    metrics: Metrics
 
 
 def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
@@ -80,7 +63,7 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
         DrainedError: stopped by a signal; everything is saved.
         StreamswavError: as the configuration, the data or the store deserve.
     """
-    _refuse_incomplete(config)
+    refuse_incomplete(config)
     metrics = Metrics()
     with join_ranks(config.training.device) as ranks, ExitStack() as stack:
         try:
@@ -100,7 +83,12 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
             raise SystemExit(error.exit_code) from None
 
 
-def _refuse_incomplete(config: Config) -> None:
+def refuse_incomplete(config: Config) -> None:
+    """Refuse a configuration without shards or without a place for the run.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     if not config.stream.urls:
         raise ConfigError("stream.urls", "say where the shards are, as --stream.urls s3://bucket/shards/")
     if not config.run.directory:
@@ -188,7 +176,7 @@ def _train(run: Run, drain: Drain) -> dict[str, Any]:
         monitor.begin(images=feed.trained, loss_first=loss_first)
         trainer.train()
     run.metrics.set_state("done")
-    summary = ranks.lead(lambda: _summarise(run, trainer, feed, monitor, saver))
+    summary = ranks.lead(lambda: summarise(run, trainer, feed, monitor, saver))
     return summary if ranks.leads else {}
 
 
@@ -210,7 +198,7 @@ def _build_trainer(
         run.manifest,
         position,
         settings=feed_settings(config),
-        reader=shard_reader(config, run.manifest),
+        reader=build_reader(config, run.manifest),
         crop=MultiCrop(config.crops, seed=config.stream.seed),
         ranks=ranks,
         select=select,
@@ -240,28 +228,6 @@ def _build_trainer(
         device=ranks.device,
     )
     return trainer, feed
-
-
-def feed_settings(config: Config) -> FeedSettings:
-    """Return what the feed needs of a resolved configuration."""
-    return FeedSettings(
-        workers=known(config.loader.workers),
-        prefetch=config.loader.prefetch,
-        skip_ratio=config.stream.skip_ratio,
-        skip_probation=config.stream.skip_probation,
-        shard_ratio=config.stream.shard_ratio,
-    )
-
-
-def shard_reader(config: Config, manifest: Manifest) -> ShardReader:
-    """Return what opens the shards of a resolved configuration."""
-    return ShardReader(
-        manifest,
-        config.storage,
-        read_ahead=config.loader.read_ahead,
-        requests=config.loader.requests,
-        memory=config.stream.memory,
-    )
 
 
 def _load_selection(run: Run) -> Selection:
@@ -356,109 +322,3 @@ def _grid(config: Config) -> Grid:
 def _about(config: Config, ranks: Ranks) -> dict[str, str]:
     digest = hashlib.blake2b(dump_config(config).encode(), digest_size=6).hexdigest()
     return {"version": __version__, "world_size": str(ranks.world_size), "config_hash": digest}
-
-
-def _summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: Saver) -> dict[str, Any]:
-    """Write what the run came to; of a run that was at its end before, what was written then stands."""
-    config, position, passes = run.config, feed.position, feed.position.passes
-    place = join(config.run.directory, "summary.json")
-    loss = monitor.loss_last
-    left = sum(len(piece.named() or ()) for piece in position.carried) if position.finished else None
-    counts = {outcome: position.total(outcome).samples for outcome in OUTCOMES}
-    listed = feed.manifest.total(position.passes)
-    missing = None if left is None or listed is None else listed - sum(counts.values()) - left
-    if missing:
-        run.reporter.event(
-            "missing",
-            f"{missing} samples of _stats.json were not in the shards ({len(position.damages)} damages)",
-        )
-    summary = {
-        "images": position.trained,
-        "steps": trainer.step,
-        "images_per_second": round(monitor.images_per_second, 1),
-        "seed": config.stream.seed,
-        "loss_first": monitor.loss_first,
-        "loss_last": loss if math.isfinite(loss) else None,
-        "ln_prototypes": math.log(known(config.swav.prototypes)),
-        "stream": {
-            "manifest": listed,
-            **counts,
-            "damages": len(position.damages),
-            "left": left,
-            "missing": missing,
-            "passes": passes[0] if len({*passes}) == 1 else list(passes),
-            "sources": _by_source(config, position),
-        },
-        "checkpoint": saver.last.url if saver.last else None,
-        "shards_url": redact(config.stream.urls[0]),
-    }
-    if monitor.images_per_second == 0 and run.store.exists(place):
-        before: dict[str, Any] = json.loads(run.store.read(place))
-        if before["stream"]["left"] == left:
-            return before
-        summary |= {name: before[name] for name in ("images_per_second", "loss_first", "loss_last")}
-    if position.finished:
-        _list_left(run, feed)
-    run.store.write(place, json.dumps(summary, indent=1).encode())
-    return summary
-
-
-def _list_left(run: Run, feed: Feed) -> None:
-    """Name the samples that were left over, fewer than a batch, beside the checkpoints."""
-    reader = shard_reader(run.config, feed.manifest)
-    left = list_left(feed.position.carried, reader.open)
-    lines = "".join(json.dumps(each.to_json(feed.manifest)) + "\n" for each in left)
-    run.store.write(join(run.config.run.directory, LEFT_FILE), lines.encode())
-
-
-def _by_source(config: Config, position: Position) -> dict[str, dict[str, int]]:
-    """Samples of each URL by outcome."""
-    urls = enumerate(map(redact, config.stream.urls))
-    return {
-        url: {outcome: by_source[source].samples for outcome, by_source in position.tallies.items()}
-        for source, url in urls
-    }
-
-
-def cooldown(config: Config, drain: Drain, *, images: int | None) -> dict[str, Any]:
-    """Go on with a run of constant rate for `images` more, over which the rate falls to its end.
-
-    Args:
-        config: the run's configuration.
-        drain: whether to stop.
-        images: default: a tenth of those seen.
-
-    Raises:
-        CheckpointError: there is nothing to go on from.
-        StreamswavError: as `pretrain`.
-    """
-    _refuse_incomplete(config)
-    checkpoint, files = find_checkpoint(config.run.directory, Store(config.storage))
-    position = Position.from_json(json.loads(files["position.json"]))
-    saved = parse_config(yaml.safe_load(files["config.yaml"]))
-    # A cool-down that was interrupted goes on to the end it had.
-    if saved.optimizer.cooldown_images and saved.training.images:
-        return pretrain(_with_end(config, saved.optimizer.cooldown_images, saved.training.images), drain)
-    if reopened(position, config.stream.passes_by_url).finished:
-        reason = "the stream is at its end; a cool-down needs images: ask for one pass more"
-        raise ConfigError("stream.passes", reason, value=config.stream.passes)
-    length = images or position.trained // 10
-    whole = run_samples(saved.model_copy(update={"stream": _with_passes(saved, config)}), None)
-    if whole:
-        left = whole - position.trained
-        if images and images > left:
-            reason = f"only {left} images are left in the stream: ask for fewer, or for another pass"
-            raise ConfigError("--images", reason, value=images)
-        length = min(length, left)
-    return pretrain(_with_end(config, length, checkpoint.images + length), drain)
-
-
-def _with_passes(saved: Config, config: Config) -> StreamSection:
-    return saved.stream.model_copy(update={"passes": config.stream.passes})
-
-
-def _with_end(config: Config, length: int, end: int) -> Config:
-    values = config.model_dump()
-    values["optimizer"] |= {"schedule": "constant", "cooldown_images": length}
-    values["training"]["images"] = end
-    return parse_config(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import yaml
 
@@ -14,12 +14,26 @@ from streamswav.stream.manifest import Manifest, Shard, list_manifest
 from streamswav.stream.plan import Grid
 from streamswav.stream.redaction import newest_version
 from streamswav.stream.store import Store, join, redact
+from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.checkpoint import CheckpointFolder
+from streamswav.training.distributed import Ranks
 
 MANIFEST_FILE = "manifest.json"
 LEFT_FILE = "left.jsonl"
 _SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all parts of a run share once it has started."""
+
+    config: Config
+    manifest: Manifest
+    ranks: Ranks
+    store: Store
+    reporter: Reporter
+    metrics: Metrics
 
 
 def freeze_manifest(config: Config, store: Store, reporter: Reporter, *, begun: bool) -> Manifest:
