@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -81,6 +82,7 @@ def _build_parser(command: str) -> Parser:
     audit.set_defaults(takes_keys=True)
     if command == "audit":
         _declare_audit(audit)
+    _declare_stream(_add_command(commands, "stream", _stream, "read and crop without training: what limits?"))
     _add_command(commands, "keys", _keys, "list all keys of the configuration with their defaults")
     _add_command(commands, "schema", _schema, "print the configuration's JSON schema")
     return parser
@@ -90,6 +92,22 @@ def _add_command(commands: argparse._SubParsersAction[Parser], name: str, run: o
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(run=run, takes_keys=False)
     return parser
+
+
+def _declare_stream(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "streamswav stream URL... [options] [--section.key value]..."
+    parser.epilog = (
+        "URLs are prefixes, globs, brace patterns or tars. Keys of stream, storage, loader and crops, and "
+        "training.batch, are set as for pretrain. Nothing is written; Ctrl-C prints the report so far."
+    )
+    add = parser.add_argument
+    add("--seconds", type=float, default=30.0, help="how long, from the first batch on (default: 30)")
+    add("--samples", type=int, help="end after so many samples")
+    add("--workers", type=int, help="loader processes, as --loader.workers; 0: none but this")
+    add("--no-crops", action="store_true", help="measure the stream alone: images are not decoded")
+    add("--json", action="store_true", help="print JSON")
+    add("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
+    parser.set_defaults(takes_keys=True)
 
 
 def _read_config(arguments: argparse.Namespace) -> Config:
@@ -110,10 +128,45 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(summary, indent=1) + "\n")
 
 
+def _stream(arguments: argparse.Namespace) -> None:
+    urls, arguments.keys = _split_urls(arguments.keys)
+    if urls:
+        arguments.keys += ["--stream.urls", json.dumps(urls)]
+    if arguments.workers is not None:
+        arguments.keys += ["--loader.workers", str(arguments.workers)]
+    config = _read_config(arguments)
+    with drain_on_signals() as drain:
+        from streamswav.commands.stream import stream  # noqa: PLC0415
+
+        stream(
+            config,
+            drain,
+            seconds=arguments.seconds,
+            samples=arguments.samples,
+            crops=not arguments.no_crops,
+            as_json=arguments.json,
+        )
+
+
+def _split_urls(rest: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part URLs from `--section.key value` pairs, in whatever order they came."""
+    urls: list[str] = []
+    pairs: list[str] = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            urls.append(word)
+            continue
+        pairs.append(word)
+        if "=" not in word:
+            pairs += itertools.islice(words, 1)
+    return urls, pairs
+
+
 def _cooldown(arguments: argparse.Namespace) -> None:
     config = _read_config(arguments)
     with drain_on_signals() as drain:
-        from streamswav.commands.pretrain import cooldown  # noqa: PLC0415
+        from streamswav.commands.cooldown import cooldown  # noqa: PLC0415
 
         summary = cooldown(config, drain, images=arguments.images)
     if summary:
