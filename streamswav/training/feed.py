@@ -12,10 +12,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from streamswav.crops import MultiCrop
-from streamswav.errors import BudgetSpentError, ManifestError
+from streamswav.errors import ManifestError
 from streamswav.loader import Batch, Exhausted, Failed, Item, LaneBatches, open_loader
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import LOST_REASONS, PassedOver, Tally
+from streamswav.stream.outcomes import PassedOver, Tally
 from streamswav.stream.plan import (
     Cursor,
     Deal,
@@ -27,10 +27,11 @@ from streamswav.stream.plan import (
     remaining,
     without,
 )
-from streamswav.stream.position import Position, lost_bytes
+from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import name_samples
 from streamswav.stream.select import Selection
+from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.growth import Growth
 
@@ -234,37 +235,16 @@ class Feed:
         return replace(item, quarantined=bad, sample_bytes=sample_bytes), ()
 
     def _check_budget(self, found: Sequence[PassedOver]) -> None:
-        """Hold what is quarantined, and what is found now, to the two budgets."""
-        found = [each for each in self.position.unknown(found) if each.outcome == "quarantined"]
-        self._check_lost([each for each in found if each.reason in LOST_REASONS])
-        skipped = self._weigh([*self.position.damages, *found])
-        skipped += self.position.total("quarantined").samples
-        seen = self.trained + skipped
-        if seen < self._settings.skip_probation or skipped <= self._settings.skip_ratio * seen:
-            return
-        raise BudgetSpentError(
-            f"{skipped} of {seen} samples could not be used, more than stream.skip_ratio = "
-            f"{self._settings.skip_ratio} allows; the latest: {self._evidence(found)}"
+        settings = self._settings
+        budgets = Budgets(settings.skip_ratio, settings.skip_probation, settings.shard_ratio)
+        budgets.check(
+            self.position,
+            found,
+            trained=self.trained,
+            trained_bytes=self.committed_bytes,
+            manifest_bytes=self.manifest.size,
+            evidence=self._evidence,
         )
-
-    def _weigh(self, found: Sequence[PassedOver]) -> int:
-        """Samples that these stand for: a damage for as many as its bytes usually hold, one at least."""
-        trained, size = self.trained, self.committed_bytes
-        mean = size / trained if trained else float("inf")
-        return sum(
-            1 if each.ordinal is not None else max(1, round((each.stop - each.start) / mean))
-            for each in found
-            if each.reason not in LOST_REASONS
-        )
-
-    def _check_lost(self, found: Sequence[PassedOver]) -> None:
-        lost = lost_bytes([*self.position.damages, *found]) if found else 0
-        if lost > self._settings.shard_ratio * self.manifest.size:
-            raise BudgetSpentError(
-                f"{lost:,} bytes of {self.manifest.size:,} are in shards that are gone or were changed, more "
-                f"than stream.shard_ratio = {self._settings.shard_ratio} allows; the latest: "
-                f"{self._evidence(found)}; bring them back and start again, or raise it"
-            )
 
     def _evidence(self, found: Sequence[PassedOver]) -> str:
         known = (each for each in self.unwritten if each.outcome == "quarantined")
