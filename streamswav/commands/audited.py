@@ -142,6 +142,10 @@ def _find(url: str, store: Store, checkpoint: str | None) -> tuple[Checkpoint, d
         place = checkpoint if "/" in checkpoint else join(folder, checkpoint)
         return read_checkpoint(place.rstrip("/"), store, only=_FILES)
     found = CheckpointFolder(folder, store, warn=_warn).newest(only=_FILES)
+    if found is None and store.exists(join(url, MANIFEST_FILE)):
+        raise CheckpointError(
+            f"{redact(url)}: the run has saved no checkpoint yet, there is nothing to audit"
+        )
     if found is None:
         raise CheckpointError(
             f"{redact(url)}: there is no checkpoint; give the folder of a run (pretrain's run.directory)"

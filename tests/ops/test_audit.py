@@ -429,6 +429,13 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(audit, tmp_path, given):
     assert "there is no checkpoint" in err
 
 
+def test_a_run_that_has_saved_nothing_yet_is_told_from_no_run(copy, audit):
+    shutil.rmtree(copy / "run" / "checkpoints")
+    code, out, err = audit(copy / "run")
+    assert (code, out) == (EXIT_CONFIG, "")
+    assert err.endswith("the run has saved no checkpoint yet, there is nothing to audit\n")
+
+
 def test_ranges_are_only_known_to_a_recount(finished, audit, tmp_path):
     code, _, err = audit(finished / "run", "--ranges", tmp_path / "ranges")
     assert (code, "--recount" in err) == (EXIT_CONFIG, True)
