@@ -72,8 +72,8 @@ class Budgets:
         if lost > self.shard_ratio * manifest_bytes:
             raise BudgetSpentError(
                 f"{lost:,} bytes of {manifest_bytes:,} are in shards that are gone or were changed, more "
-                f"than stream.shard_ratio = {self.shard_ratio} allows; the latest: {evidence(fresh)}; bring them "
-                "back and start again, or raise it"
+                f"than stream.shard_ratio = {self.shard_ratio} allows; the latest: {evidence(fresh)}; bring "
+                "them back and start again, or raise it"
             )
 
 
