@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, pack, r
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed
 from streamswav.training.learner import Learner
+
+_LIST_NAME = re.compile(r"/step-(\d+)(?:\.\d+)?\.jsonl$")
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,7 @@ class Saver:
         return self.last
 
     def _write_passed_over(self, feed: Feed, step: int) -> None:
-        """List what was not trained since the last checkpoint, in files that nobody removes or writes over.
-
-        After a crash the same entries may come in two of these files, alike to the letter.
-        """
+        """List what was not trained since the last checkpoint, in files that no checkpoint's end removes."""
         for outcome in OUTCOMES:
             found = [each for each in feed.unwritten if each.outcome == outcome]
             if found:
@@ -141,6 +141,7 @@ class Saver:
         def choose() -> str | None:
             newest = self._folder.newest()
             found.extend([newest] if newest else [])
+            self._forget_lists(newest[0].step if newest else -1)
             return newest[0].url if newest else None
 
         url = self._ranks.lead(choose)
@@ -161,6 +162,16 @@ class Saver:
             shared=unpack(files["model.pt"]),
             by_rank=unpack(files["ranks.pt"]),
         )
+
+    def _forget_lists(self, step: int) -> None:
+        """Remove lists of what came after a step: it comes again, and its outcome may be another then."""
+        for outcome in OUTCOMES:
+            folder = join(self._config.run.directory, outcome)
+            listed = self._store.list(folder) if self._store.exists(folder) else []
+            for info in listed:
+                written = _LIST_NAME.search(info.url)
+                if written and int(written[1]) > step:
+                    self._store.delete(info.url)
 
     def _prune(self, saved: Checkpoint) -> None:
         every = self._config.checkpoint.keep_every_images

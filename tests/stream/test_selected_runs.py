@@ -83,6 +83,28 @@ def test_the_lists_may_be_edited_between_restarts(shards, tmp_path):
     assert stream["excluded"] == SAMPLES - 32
 
 
+def test_a_list_that_no_checkpoint_followed_is_written_anew(shards, tmp_path):
+    """As after a kill between the two writes of a save."""
+    keys = tmp_path / "keys.txt"
+    keys.write_text(
+        "".join(f"s{shard}_{number}\n" for shard in range(SHARDS) for number in range(0, EACH, 3))
+    )
+    given = command(shards, tmp_path / "run", exclude=keys)
+    assert run([*given, "--training.images", "32"], tmp_path / "first").code == EXIT_DONE
+    stale = {"shard": "part-0.tar", "turn": 0, "reason": "list", "start": 0, "stop": 512, "key": "s0_0"}
+    lists = tmp_path / "run" / "excluded"
+    (lists / "step-000000003.jsonl").write_text(json.dumps({**stale, "ordinal": 0, "outcome": "excluded"}))
+    keys.write_text("")
+    assert run(given, tmp_path / "second").code == EXIT_DONE
+    assert "step-000000003.jsonl" not in {path.name for path in lists.iterdir()}
+    outcome = run_audit(tmp_path / "run", tmp_path / "audit")
+    assert outcome.code == EXIT_DONE, outcome.out
+
+
+def run_audit(directory, folder):
+    return run(["audit", str(directory), "--recount"], folder)
+
+
 def test_redacted_samples_are_passed_over_as_excluded(shards, tmp_path):
     shutil.copytree(shards, tmp_path / "shards")
     assert cli.main(["redact", str(tmp_path / "shards"), "--key", "s1_7", "--key", "s3_0"]) == 0
