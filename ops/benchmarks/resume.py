@@ -7,7 +7,8 @@ Local shards are read by a grid of lanes as in training, undecoded, in this proc
 notes its position, as JSON, and the bytes asked for so far. From each position alone another run goes on to
 the end. What it asks for beyond the samples that were still to come was read again: the parts of windows that
 were given before. What the first run had asked for beyond what it had given was dropped: the rest of those
-windows, and blocks on their way. Both are of all lanes.
+windows, and blocks on their way. Both are of all lanes. Give a lane four shards or more, as training does
+where it can: lanes that stride one shard read what the others skip, and these figures mean nothing.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def measure(manifest: Manifest, options: argparse.Namespace, asked: Asked) -> li
         row = Row(place, seconds, again, again / manifest.size, again / window, dropped, len(text))
         print(
             f"{100 * place:4.0f}% {1000 * row.first_batch_seconds:9.0f} ms {row.again_bytes / 1e6:8.1f} MB "
-            f"{100 * row.again_ratio:7.2f}% {row.windows:24.2f} {row.dropped_bytes / 1e6:7.1f} MB {row.position_bytes:6} bytes",
+            f"{100 * row.again_ratio:7.2f}% {row.windows:24.2f} {row.dropped_bytes / 1e6:7.1f} MB "
+            f"{row.position_bytes:6} bytes",
             flush=True,
         )
         rows.append(row)
