@@ -18,6 +18,7 @@ from streamswav.loader import Failed, open_loader
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.plan import Grid, Piece, Plan, deal, split_pieces
 from streamswav.stream.reader import ShardReader
+from streamswav.stream.redaction import is_tombstone
 from streamswav.stream.samples import LaneReader, Sample
 from streamswav.stream.store import Store
 
@@ -241,7 +242,7 @@ def _first_ones(limit: int, *, shards: int) -> list[Piece]:
 def _read_label(sample: Sample) -> int:
     label = sample.label
     if label is None:
-        raise DecodeError("no_label")
+        raise DecodeError("redacted" if is_tombstone(sample.members) else "no_label")
     if not isinstance(label, int) or label < 0:
         raise DecodeError("label_not_a_class_number")
     return label

@@ -1,0 +1,606 @@
+"""Faults of the data that stay: each has an outcome, a reason, its bytes in the list, and costs nothing else.
+
+Every test trains over a few shards of which one has the fault, by the command line's own `main`. What the
+shards hold is known by construction: the run must come to exactly that, each sample once.
+"""
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+import os
+import re
+import struct
+import tarfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import encode_image
+from runs import arguments, newest
+from tiny_run import tiny_config
+
+from shards.cli import main as shards_main
+from streamswav import cli
+from streamswav.commands import pretrain
+from streamswav.config import StorageSection
+from streamswav.errors import EXIT_CONFIG, EXIT_DONE
+from streamswav.models import build_trunk
+from streamswav.stream.manifest import Manifest, list_manifest
+from streamswav.stream.outcomes import Tally, tally_one
+from streamswav.stream.plan import Grid
+from streamswav.stream.position import Position, lost_bytes
+from streamswav.stream.store import Store
+from streamswav.telemetry.metrics import Metrics
+from streamswav.transfer.features import Preprocessing, extract
+
+JPEG = encode_image(0)
+BATCH = 4
+WHOLE = 16  # samples of a shard without fault
+KiB, MiB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a shard: with a key it is a sample, with a reason it is not trained; else it is the end.
+
+    What has a reason and no outcome is quarantined.
+    """
+
+    data: bytes
+    key: str = ""
+    reason: str = ""
+    outcome: str = "quarantined"
+
+
+def tar_member(name, data, form=tarfile.USTAR_FORMAT):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(form) + data + bytes(-len(data) % 512)
+
+
+def sample(key, reason="", *, form=tarfile.USTAR_FORMAT, outcome="quarantined", **members):
+    members = members or {"jpg": JPEG, "cls": b"1"}
+    data = b"".join(tar_member(f"{key}.{extension}", each, form) for extension, each in members.items())
+    return Part(data, key, reason, outcome)
+
+
+def samples(*numbers, prefix="b"):
+    return [sample(f"{prefix}/{number:03d}") for number in numbers]
+
+
+def damage(reason, data=b""):
+    return Part(data, reason=reason)
+
+
+END = Part(bytes(1024))
+
+
+def join(parts):
+    return b"".join(part.data for part in parts)
+
+
+@dataclass
+class Shards:
+    """Shards in a folder, by the parts that they are made of; two whole ones beside what the test adds."""
+
+    folder: Path
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+
+    def write(self, name, parts):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parts[name] = list(parts)
+        (self.folder / name).write_bytes(join(parts))
+
+    def places(self, name):
+        """(part, first byte, byte after the last) of a shard."""
+        parts = self.parts[name]
+        stops = itertools.accumulate(len(part.data) for part in parts)
+        return [(part, stop - len(part.data), stop) for part, stop in zip(parts, stops, strict=True)]
+
+    def lose(self, name, reason, start):
+        """From `start` on the shard is one lost stretch."""
+        kept = [part for part, _, stop in self.places(name) if stop <= start]
+        rest = join(self.parts[name])[start:]
+        assert join(kept) + rest == join(self.parts[name]), "lost from within a sample on"
+        self.parts[name] = [*kept, damage(reason, rest)]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: exit code, the lines for people, its folder, and its metrics."""
+
+    code: int
+    said: list[str]
+    folder: Path
+    metrics: Metrics
+
+    @property
+    def position(self):
+        return Position.from_json(json.loads((newest(self.folder) / "position.json").read_text()))
+
+    @property
+    def manifest(self):
+        return Manifest.from_json(json.loads((self.folder / "manifest.json").read_text()))
+
+    def listed(self, outcome="quarantined"):
+        """Entries of the side lists of an outcome."""
+        files = sorted((self.folder / outcome).glob("step-*.jsonl"))
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def left(self):
+        return [json.loads(line) for line in (self.folder / "left.jsonl").read_text().splitlines()]
+
+    def metric(self, name, **labels):
+        return self.metrics.registry.get_sample_value(f"streamswav_{name}", labels)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    made = Shards(tmp_path / "shards")
+    for name in ("a", "c"):
+        made.write(f"{name}.tar", [*samples(*range(WHOLE), prefix=name), END])
+    return made
+
+
+@pytest.fixture
+def train(shards, tmp_path, capfd, monkeypatch):
+    """Train over the shards; the keys that are given come on top of a tiny run's."""
+    threads = torch.get_num_threads()
+
+    def run(*, images=None, crops=None, storage=None, **stream):
+        metrics = Metrics()
+        monkeypatch.setattr(pretrain, "Metrics", lambda: metrics)
+        base = {"urls": shards.folder, "columns": 1, "rows": 1, "window": 4, "shard_ratio": 0.9}
+        given = arguments(
+            run={"directory": tmp_path / "run"},
+            stream=base | stream,
+            training={"batch": BATCH} | ({"images": images} if images else {}),
+            crops=crops or {},
+            storage=storage or {},
+        )
+        code = cli.main(given)
+        lines = capfd.readouterr().err.splitlines()
+        return Ended(code, [line for line in lines if not line.startswith("{")], tmp_path / "run", metrics)
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def check(ended, shards):
+    """Hold a run that is done to what its shards are made of.
+
+    Each stretch that is not trained is listed once, with shard, pass, reason, bytes, key and ordinal; the
+    checkpoint and the metrics count the same; every other sample was trained once, or left.
+    """
+    entries = check_position(ended, shards)
+    quarantined = [entry for entry in entries if entry[7] == "quarantined"]
+    samples_lost = sum(entry[6] is not None for entry in quarantined)
+    assert ended.metric("samples_total", outcome="quarantined") == samples_lost
+    size = Counter()
+    for _, _, reason, start, stop, *_ in quarantined:
+        size[reason] += stop - start
+    for reason, count in size.items():
+        assert ended.metric("quarantined_bytes_total", reason=reason) == count
+
+
+def check_position(ended, shards):
+    """As `check`, but for the metrics, which are of one process; return what must be listed."""
+    assert (ended.code, ended.said) == (EXIT_DONE, [])
+    entries, usable, reasons = Counter(), Tally(), Counter()
+    for index, shard in enumerate(ended.manifest.shards):
+        ordinal = 0
+        for part, start, stop in shards.places(shard.key):
+            number = ordinal if part.key else None
+            ordinal += bool(part.key)
+            if part.reason:
+                entries[shard.key, 0, part.reason, start, stop, part.key, number, part.outcome] += 1
+                reasons[part.reason] += bool(part.key)
+            elif part.key:
+                usable += tally_one(ended.manifest.shards[index].digest, 0, number, start, stop)
+    names = ("shard", "turn", "reason", "start", "stop", "key", "ordinal", "outcome")
+    found = [*ended.listed(), *ended.listed("excluded")]
+    assert Counter(tuple(each[name] for name in names) for each in found) == entries
+    position = ended.position
+    assert position.reasons == +reasons
+    damages = Counter((each.reason, each.start, each.stop) for each in position.damages)
+    assert damages == Counter(entry[2:5] for entry in entries if entry[6] is None)
+    left, digests = Tally(), {shard.key: shard.digest for shard in ended.manifest.shards}
+    for each in ended.left():
+        left += tally_one(digests[each["shard"]], 0, each["ordinal"], each["start"], each["stop"])
+    assert left.samples < BATCH
+    assert position.total("trained") + left == usable
+    lost = sum(entry[6] is not None and entry[7] == "quarantined" for entry in entries)
+    assert position.total("quarantined").samples == lost
+    return entries
+
+
+# Shards that are lost, changed or redacted.
+
+
+class AtSample:
+    """A condition that all samples meet; when the run comes to its third sample, something is done."""
+
+    def __init__(self):
+        self.calls, self.act = 0, None
+
+    def __call__(self, _):
+        self.calls += 1
+        if self.calls == 3:
+            self.act()
+        return True
+
+
+at_sample = AtSample()
+IN_MID_PASS = {"where": f"{__name__}:at_sample", "storage": {"block_bytes": 4 * KiB}}
+
+
+@pytest.fixture
+def in_mid_pass():
+    """Have something done in the middle of a run that is given IN_MID_PASS."""
+
+    def do(act):
+        at_sample.calls, at_sample.act = 0, act
+
+    return do
+
+
+def in_order(shards):
+    """Keys of the shards as the only lane of these runs comes to them."""
+    manifest = list_manifest([str(shards.folder)], Store())
+    (lane,) = Position(manifest.digest, Grid(BATCH, 1, 1, 4), 0).plan(manifest).lanes
+    return [manifest.shards[piece.shard].key for piece in lane]
+
+
+def write_again(path):
+    """Write the same bytes under the same name: another object."""
+    os.utime(path, (1, 1))
+
+
+def check_lost(ended, shards, reason):
+    """What was read of the one lost shard is trained; return its key and the keys of that."""
+    (entry,) = [each for each in ended.listed() if each["reason"] == reason]
+    shards.lose(entry["shard"], reason, entry["start"])
+    check(ended, shards)
+    assert lost_bytes(ended.position.damages) == entry["stop"] - entry["start"]
+    assert ended.metric("stream_shards", state="lost") == 1
+    return entry["shard"], [part.key for part in shards.parts[entry["shard"]] if part.key]
+
+
+def test_a_shard_that_is_missing_once_its_turn_comes_is_lost_as_a_whole(shards, train, in_mid_pass):
+    *_, last = in_order(shards)
+    in_mid_pass((shards.folder / last).unlink)
+    assert check_lost(train(**IN_MID_PASS), shards, "missing_shard") == (last, [])
+
+
+def test_a_shard_that_goes_missing_while_it_is_read_is_lost_from_there_on(shards, train, in_mid_pass):
+    first, *_ = in_order(shards)
+    in_mid_pass((shards.folder / first).unlink)
+    shard, read = check_lost(train(**IN_MID_PASS), shards, "missing_shard")
+    assert shard == first
+    assert 4 <= len(read) < WHOLE
+
+
+def test_a_shard_that_is_missing_after_a_restart_is_lost(shards, train):
+    *_, last = in_order(shards)
+    assert train(images=8).code == EXIT_DONE
+    (shards.folder / last).unlink()
+    ended = train()
+    assert check_lost(ended, shards, "missing_shard") == (last, [])
+
+
+def test_a_shard_that_is_missing_after_a_restart_beyond_the_budget_is_refused_by_name(shards, train):
+    *_, last = in_order(shards)
+    assert train(images=8).code == EXIT_DONE
+    (shards.folder / last).unlink()
+    ended = train(shard_ratio=0.001)
+    assert ended.code == EXIT_CONFIG
+    (line,) = ended.said
+    assert f"shard {last} is gone" in line
+    assert "stream.shard_ratio = 0.001" in line
+
+
+def test_another_object_under_the_key_of_a_shard_is_not_read(shards, train, in_mid_pass):
+    *_, last = in_order(shards)
+    in_mid_pass(lambda: write_again(shards.folder / last))
+    assert check_lost(train(**IN_MID_PASS), shards, "changed_shard") == (last, [])
+
+
+def test_another_object_under_the_key_on_s3_is_told_by_its_etag(s3, shards, train, in_mid_pass):
+    url, shards.folder = bucket_of(s3, shards)
+    first, *_ = in_order(shards)
+    path = shards.folder / first
+    in_mid_pass(lambda: path.write_bytes(path.read_bytes().replace(b"b/", b"x/")[::-1]))
+    place = {"endpoint_url": s3.endpoint, **IN_MID_PASS["storage"]}
+    ended = train(urls=url, **IN_MID_PASS | {"storage": place})
+    shard, read = check_lost(ended, shards, "changed_shard")
+    assert shard == first
+    assert 4 <= len(read) < WHOLE
+
+
+def bucket_of(s3, shards):
+    url, folder = s3.make_bucket()
+    for path in shards.folder.iterdir():
+        path.rename(folder / path.name)
+    return url, folder
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["being read", "not opened yet"])
+def test_a_shard_that_is_redacted_in_mid_pass_is_read_on_without_the_sample(
+    place, shards, train, in_mid_pass
+):
+    shard = in_order(shards)[place]
+    gone = shards.parts[shard][13]
+
+    def redact():
+        assert shards_main(["redact", str(shards.folder), "--key", gone.key]) == 0
+
+    in_mid_pass(redact)
+    ended = train(**IN_MID_PASS)
+    shards.parts[shard][13] = replace(gone, key="redacted-00000013", reason="redacted", outcome="excluded")
+    check(ended, shards)
+    assert ended.position.damages == ()
+
+
+# Archives that are cut, damaged or none.
+
+
+def test_a_shard_that_ends_within_an_image_keeps_what_is_before(shards, train):
+    cut = sample("b/008").data[: 512 + len(JPEG) // 2]
+    shards.write("b.tar", [*samples(*range(8)), damage("truncated", cut)])
+    check(train(), shards)
+
+
+def test_a_shard_that_ends_within_a_header_keeps_what_is_before(shards, train):
+    shards.write("b.tar", [*samples(*range(8)), damage("truncated", sample("b/008").data[:200])])
+    check(train(), shards)
+
+
+def test_a_shard_that_ends_between_two_samples_is_told_from_a_whole_one(shards, train):
+    shards.write("b.tar", [*samples(*range(8)), damage("no_end_of_archive")])
+    check(train(), shards)
+
+
+def test_a_shard_that_ends_between_image_and_label_keeps_the_image_and_is_told(shards, train):
+    shards.write("b.tar", [*samples(*range(8)), sample("b/008", jpg=JPEG), damage("no_end_of_archive")])
+    check(train(), shards)
+
+
+def test_a_shard_that_ends_on_a_block_within_an_image_is_told(shards, train):
+    cut = sample("b/008").data[: 512 + 512]
+    assert len(JPEG) > 512
+    shards.write("b.tar", [*samples(*range(8)), damage("truncated", cut)])
+    check(train(), shards)
+
+
+def test_a_damaged_header_costs_its_own_member_and_reading_goes_on_after_it(shards, train):
+    image = bytearray(tar_member("b/004.jpg", JPEG))
+    image[148:154] = b"777777"
+    label = sample("b/004", "no_image", cls=b"1")
+    parts = [*samples(*range(4)), damage("bad_header", bytes(image)), label, *samples(5, 6, 7), END]
+    shards.write("b.tar", parts)
+    check(train(), shards)
+
+
+def test_zeros_or_noise_in_the_middle_cost_what_they_cover(shards, train):
+    noise = b"\xa5" * 4096
+    parts = [*samples(0, 1), damage("bad_header", noise), *samples(2, 3), damage("zero_blocks", bytes(2048))]
+    shards.write("b.tar", [*parts, *samples(4, 5), END])
+    check(train(), shards)
+
+
+def test_garbage_in_place_of_a_shard_is_one_damage(shards, train):
+    shards.write("b.tar", [damage("bad_header", b"<html>no such page</html>" * 400)])
+    check(train(), shards)
+
+
+def test_an_object_of_no_bytes_is_told_as_cut_off(shards, train):
+    shards.write("b.tar", [damage("no_end_of_archive")])
+    check(train(), shards)
+
+
+def test_a_shard_without_members_is_no_fault(shards, train):
+    shards.write("b.tar", [Part(bytes(10240))])
+    ended = train()
+    check(ended, shards)
+    assert ended.listed() == []
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstd", "xz", "bzip2"])
+def test_a_compressed_shard_is_named_as_such(kind, shards, train):
+    whole = join([*samples(*range(8)), END])
+    packed = {
+        "gzip": gzip.compress(whole),
+        "zstd": b"\x28\xb5\x2f\xfd" + zlib.compress(whole),  # by its magic alone
+        "xz": lzma.compress(whole),
+        "bzip2": bz2.compress(whole),
+    }
+    shards.write("b.tar", [damage("compressed", packed[kind])])
+    check(train(), shards)
+
+
+@pytest.mark.parametrize("form", ["pax", "gnu"])
+def test_names_longer_than_a_header_are_no_fault(form, shards, train):
+    kind = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}[form]
+    parts = [sample(f"{'deep/' * 60}{number:03d}", form=kind) for number in range(8)]
+    shards.write("b.tar", [*parts, END])
+    ended = train()
+    check(ended, shards)
+    assert ended.listed() == []
+
+
+# Samples that cannot be used.
+
+
+def test_members_out_of_order_are_never_joined_across_another_sample(shards, train):
+    apart = [sample(f"b/{number:03d}", jpg=JPEG) for number in range(3)]
+    labels = [sample(f"b/{number:03d}", "no_image", cls=b"1") for number in range(3)]
+    shards.write("b.tar", [*samples(10, 11), *apart, *labels, END])
+    check(train(), shards)
+
+
+def test_a_key_that_comes_twice_is_two_samples(shards, train):
+    shards.write("b.tar", [*samples(0, 1, 2, 2, 3, 1), END])
+    ended = train()
+    check(ended, shards)
+    assert ended.listed() == []
+
+
+def test_a_sample_without_an_image_is_quarantined(shards, train):
+    blind = sample("b/002", "no_image", cls=b"1", txt=b"a caption")
+    shards.write("b.tar", [*samples(0, 1), blind, *samples(3, 4), END])
+    check(train(), shards)
+
+
+def header_of_png(width, height):
+    data = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + data + struct.pack(">I", zlib.crc32(data))
+
+
+def black_png(width, height):
+    """A valid PNG of few bytes and many pixels."""
+    packed = zlib.compress(bytes(height * (1 + 3 * width)), 9)
+    rest = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IDAT", packed), (b"IEND", b""))
+    )
+    return header_of_png(width, height) + rest
+
+
+PNG = encode_image(1, (48, 40), "PNG")
+BAD_IMAGES = {
+    "nothing like an image": (b"<html>404</html>" * 9, "not_an_image"),
+    "no bytes": (b"", "empty"),
+    "half a JPEG": (JPEG[: len(JPEG) // 2], "truncated"),
+    "half a PNG": (PNG[: len(PNG) // 2], "truncated"),
+    "no pixels, JPEG": (JPEG.replace(struct.pack(">HH", 40, 48), bytes(4), 1), "corrupt"),
+    "no pixels, PNG": (header_of_png(0, 0), "empty"),
+    "damaged": (PNG[:60] + bytes(60) + PNG[120:], "corrupt"),
+    "a format without a decoder": (b"\xff\x0a" + bytes(100), "unsupported"),
+    "a decompression bomb": (black_png(2000, 2001), "too_large"),
+}
+
+
+@pytest.mark.parametrize("image", BAD_IMAGES)
+def test_an_image_that_cannot_be_decoded_is_quarantined(image, shards, train):
+    data, reason = BAD_IMAGES[image]
+    bad = sample("b/002", reason, jpg=data, cls=b"1")
+    shards.write("b.tar", [*samples(0, 1), bad, *samples(3, 4), END])
+    check(train(crops={"max_pixels": 4_000_000}), shards)
+
+
+def test_a_sample_larger_than_the_memory_allows_is_passed_over_by_name(shards, train):
+    large = sample("b/002", "too_large", jpg=JPEG + bytes(MiB), cls=b"1")
+    shards.write("b.tar", [*samples(0, 1), large, *samples(3, 4), END])
+    check(train(memory=4 * MiB, storage={"block_bytes": 64 * KiB}), shards)
+
+
+def test_samples_that_an_evaluation_cannot_use_are_counted_by_reason(shards):
+    blind, bare = sample("b/001", cls=b"1"), sample("b/002", jpg=JPEG)
+    torn, word = sample("b/003", jpg=JPEG[:300], cls=b"1"), sample("b/004", jpg=JPEG, cls=b"cat")
+    shards.write("b.tar", [*samples(0), blind, bare, torn, word, *samples(5), END])
+    found = evaluate(shards)
+    assert found.skipped == {
+        "label_not_a_class_number": 1,
+        "no_image": 1,
+        "no_label": 1,
+        "truncated": 1,
+    }
+    assert {key for key in found.keys if key.startswith("b/")} == {"b/000", "b/005"}
+    assert len(found.keys) == 2 * WHOLE + 2
+
+
+def test_an_evaluation_counts_redacted_samples_apart(shards):
+    keys = ["--key", "a/003", "--key", "c/000", "--key", "c/009"]
+    assert shards_main(["redact", str(shards.folder), *keys]) == 0
+    found = evaluate(shards)
+    assert found.skipped == {"redacted": 3}
+    assert len(found.keys) == 2 * WHOLE - 3
+
+
+def evaluate(shards):
+    wanted = Preprocessing(resize=20, crop=16, mean=(0.5,) * 3, std=(0.2,) * 3, max_pixels=10**6)
+    trunk = build_trunk(tiny_config().model).eval()
+    return extract(trunk, [str(shards.folder)], preprocessing=wanted, storage=StorageSection())
+
+
+# What ends a run.
+
+
+def test_a_spent_budget_of_samples_ends_the_run_with_the_latest_three(shards, train):
+    blind = [sample(f"b/{number:03d}", "no_image", cls=b"1") for number in range(12)]
+    shards.write("b.tar", [*blind, END])
+    ended = train(skip_ratio=0.2, skip_probation=4)
+    assert ended.code == EXIT_CONFIG
+    (line,) = ended.said
+    counted = re.search(r"(\d+) of (\d+) samples could not be used, more than stream.skip_ratio = 0.2", line)
+    skipped, seen = map(int, counted.groups())
+    assert skipped > 0.2 * seen
+    assert seen >= 4
+    places = {part.key: f"b.tar[{start}:{stop}] {part.key}" for part, start, stop in shards.places("b.tar")}
+    shown = re.findall(r"(b\.tar\[\d+:\d+\] (\S+)): no_image", line)
+    assert len(shown) == 3
+    assert all(places[key] == place for place, key in shown)
+
+
+def test_within_its_probation_no_share_of_samples_ends_a_run(shards, train):
+    blind = [sample(f"b/{number:03d}", "no_image", cls=b"1") for number in range(12)]
+    shards.write("b.tar", [*blind, END])
+    check(train(skip_ratio=0.0, skip_probation=2 * WHOLE + 13), shards)
+
+
+def test_after_a_spent_budget_a_larger_one_goes_on_where_the_run_ended(shards, train):
+    blind = [sample(f"b/{number:03d}", "no_image", cls=b"1") for number in range(12)]
+    shards.write("b.tar", [*blind, END])
+    spent = train(skip_ratio=0.2, skip_probation=4)
+    assert spent.code == EXIT_CONFIG
+    trained = spent.position.trained
+    assert 0 < trained < 2 * WHOLE - BATCH
+    ended = train(skip_ratio=0.9, skip_probation=4)
+    check_position(ended, shards)
+    assert ended.position.trained > trained
+
+
+def test_a_spent_budget_of_shards_ends_the_run_with_what_was_lost(shards, train, in_mid_pass):
+    *_, last = in_order(shards)
+    size = (shards.folder / last).stat().st_size
+    in_mid_pass((shards.folder / last).unlink)
+    ended = train(**IN_MID_PASS, shard_ratio=0.01)
+    assert ended.code == EXIT_CONFIG
+    (line,) = ended.said
+    assert "stream.shard_ratio = 0.01" in line
+    assert f"{last}[0:{size}]: missing_shard" in line
+    assert ended.position.trained > 0
+
+
+def refused(ended, *parts):
+    assert ended.code == EXIT_CONFIG
+    (line,) = ended.said
+    assert all(part in line for part in parts), line
+
+
+def test_a_list_of_exclusions_that_is_missing_is_refused_by_name(shards, train, tmp_path):
+    refused(train(exclude=tmp_path / "keys.txt"), "keys.txt")
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b"a/000\n" * 99)[:-9], b"a/000.jpg\n"])
+def test_a_list_of_exclusions_that_cannot_be_read_is_refused_by_name(content, shards, train, tmp_path):
+    (tmp_path / "keys").write_bytes(content)
+    refused(train(exclude=tmp_path / "keys"), "stream.exclude", "keys")
+
+
+def test_a_condition_that_no_sample_meets_ends_the_run_with_the_count(shards, train):
+    refused(
+        train(where="json.widht >= 256"), "0 usable samples", f"{2 * WHOLE} more were excluded or filtered"
+    )
+
+
+def test_too_little_memory_is_refused_with_the_figure_that_is_needed(shards, train):
+    ended = train(memory=1000)
+    refused(ended, "stream.memory = 1000")
+    needed = re.search(r"a worker needs (\d+) bytes", ended.said[0])[1]
+    check(train(memory=needed), shards)
