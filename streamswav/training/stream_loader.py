@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -163,11 +165,33 @@ class StreamLoader:
 
     def _give(self) -> Generator[Batch, None, None]:
         feed = self._feed
-        for batch in feed:
+        batches = iter(feed)
+        while True:
+            with _main_left_alone():
+                batch = next(batches, None)
+            if batch is None:
+                return
             # Given is done: what becomes of it is up to the loop that asked for it.
             feed.commit(batch)
             del feed.unwritten[:-_EVIDENCE]
             yield batch
+
+
+@contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """Loader processes started meanwhile do not run the user's script again to find its classes.
+
+    They need none of them, and a script without `if __name__ == "__main__"` would start over in each.
+    """
+    main = sys.modules["__main__"]
+    names = ("__spec__", "__file__")
+    hidden: dict[str, Any] = {name: main.__dict__[name] for name in names if name in main.__dict__}
+    main.__spec__ = None
+    main.__dict__.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.__dict__.update(hidden)
 
 
 def resolve_stream(config: Config, manifest: Manifest, ranks: Ranks) -> Config:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,6 +94,25 @@ def test_more_passes_may_be_asked_for_at_the_end(shards):
     again.load_state_dict(through_json(loader))
     seen = first + identities(again)
     assert len(seen) == len(set(seen)) == 2 * sum(COUNTS) // BATCH * BATCH
+
+
+SCRIPT = """
+import sys
+from streamswav.config import CropsSection
+from streamswav.training import StreamLoader
+
+crops = CropsSection(sizes=[8], counts=[2], scales=[(0.3, 1.0)])
+print(sum(len(batch.ids) for batch in StreamLoader(sys.argv[1], batch=8, workers=1, crops=crops)), __file__)
+"""
+
+
+def test_a_script_without_a_guard_runs_once_and_not_again_in_its_workers(shards, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, shards], check=False, capture_output=True, text=True
+    )
+    assert done.stdout == f"{sum(COUNTS) // BATCH * BATCH} {script}\n", done.stderr
 
 
 def test_exclusions_and_conditions_hold(shards, tmp_path):
