@@ -6,22 +6,32 @@ shards hold is known by construction: the run must come to exactly that, each sa
 
 import bz2
 import gzip
-import itertools
-import json
 import lzma
 import os
 import re
 import struct
 import tarfile
 import zlib
-from collections import Counter
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import encode_image
-from runs import arguments, newest
+from runs import arguments
+from shard_parts import (
+    END,
+    JPEG,
+    Ended,
+    Part,
+    Shards,
+    check,
+    check_position,
+    damage,
+    join,
+    sample,
+    samples,
+    tar_member,
+)
 from tiny_run import tiny_config
 
 from shards.cli import main as shards_main
@@ -30,113 +40,17 @@ from streamswav.commands import pretrain
 from streamswav.config import StorageSection
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE
 from streamswav.models import build_trunk
-from streamswav.stream.manifest import Manifest, list_manifest
-from streamswav.stream.outcomes import Tally, tally_one
+from streamswav.stream.manifest import list_manifest
 from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position, lost_bytes
 from streamswav.stream.store import Store
 from streamswav.telemetry.metrics import Metrics
 from streamswav.transfer.features import Preprocessing, extract
 
-JPEG = encode_image(0)
 BATCH = 4
 WHOLE = 16  # samples of a shard without fault
+ONE_LANE = {"columns": 1, "rows": 1}
 KiB, MiB = 1 << 10, 1 << 20
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of a shard: with a key it is a sample, with a reason it is not trained; else it is the end.
-
-    What has a reason and no outcome is quarantined.
-    """
-
-    data: bytes
-    key: str = ""
-    reason: str = ""
-    outcome: str = "quarantined"
-
-
-def tar_member(name, data, form=tarfile.USTAR_FORMAT):
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(form) + data + bytes(-len(data) % 512)
-
-
-def sample(key, reason="", *, form=tarfile.USTAR_FORMAT, outcome="quarantined", **members):
-    members = members or {"jpg": JPEG, "cls": b"1"}
-    data = b"".join(tar_member(f"{key}.{extension}", each, form) for extension, each in members.items())
-    return Part(data, key, reason, outcome)
-
-
-def samples(*numbers, prefix="b"):
-    return [sample(f"{prefix}/{number:03d}") for number in numbers]
-
-
-def damage(reason, data=b""):
-    return Part(data, reason=reason)
-
-
-END = Part(bytes(1024))
-
-
-def join(parts):
-    return b"".join(part.data for part in parts)
-
-
-@dataclass
-class Shards:
-    """Shards in a folder, by the parts that they are made of; two whole ones beside what the test adds."""
-
-    folder: Path
-    parts: dict[str, list[Part]] = field(default_factory=dict)
-
-    def write(self, name, parts):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parts[name] = list(parts)
-        (self.folder / name).write_bytes(join(parts))
-
-    def places(self, name):
-        """(part, first byte, byte after the last) of a shard."""
-        parts = self.parts[name]
-        stops = itertools.accumulate(len(part.data) for part in parts)
-        return [(part, stop - len(part.data), stop) for part, stop in zip(parts, stops, strict=True)]
-
-    def lose(self, name, reason, start):
-        """From `start` on the shard is one lost stretch."""
-        kept = [part for part, _, stop in self.places(name) if stop <= start]
-        rest = join(self.parts[name])[start:]
-        assert join(kept) + rest == join(self.parts[name]), "lost from within a sample on"
-        self.parts[name] = [*kept, damage(reason, rest)]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended: exit code, the lines for people, its folder, and its metrics."""
-
-    code: int
-    said: list[str]
-    folder: Path
-    metrics: Metrics
-
-    @property
-    def position(self):
-        return Position.from_json(json.loads((newest(self.folder) / "position.json").read_text()))
-
-    @property
-    def manifest(self):
-        return Manifest.from_json(json.loads((self.folder / "manifest.json").read_text()))
-
-    def listed(self, outcome="quarantined"):
-        """Entries of the side lists of an outcome."""
-        files = sorted((self.folder / outcome).glob("step-*.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-    def left(self):
-        return [json.loads(line) for line in (self.folder / "left.jsonl").read_text().splitlines()]
-
-    def metric(self, name, **labels):
-        return self.metrics.registry.get_sample_value(f"streamswav_{name}", labels)
 
 
 @pytest.fixture
@@ -149,13 +63,13 @@ def shards(tmp_path):
 
 @pytest.fixture
 def train(shards, tmp_path, capfd, monkeypatch):
-    """Train over the shards; the keys that are given come on top of a tiny run's."""
+    """Train over the shards, in eight lanes that share them, with the keys that are given."""
     threads = torch.get_num_threads()
 
     def run(*, images=None, crops=None, storage=None, **stream):
         metrics = Metrics()
         monkeypatch.setattr(pretrain, "Metrics", lambda: metrics)
-        base = {"urls": shards.folder, "columns": 1, "rows": 1, "window": 4, "shard_ratio": 0.9}
+        base = {"urls": shards.folder, "columns": 4, "rows": 2, "window": 4, "shard_ratio": 0.9}
         given = arguments(
             run={"directory": tmp_path / "run"},
             stream=base | stream,
@@ -165,58 +79,12 @@ def train(shards, tmp_path, capfd, monkeypatch):
         )
         code = cli.main(given)
         lines = capfd.readouterr().err.splitlines()
-        return Ended(code, [line for line in lines if not line.startswith("{")], tmp_path / "run", metrics)
+        said = [line for line in lines if not line.startswith("{")]
+        keys = [part for key, value in (storage or {}).items() for part in (f"--storage.{key}", str(value))]
+        return Ended(code, said, tmp_path / "run", metrics, tuple(keys))
 
     yield run
     torch.set_num_threads(threads)
-
-
-def check(ended, shards):
-    """Hold a run that is done to what its shards are made of.
-
-    Each stretch that is not trained is listed once, with shard, pass, reason, bytes, key and ordinal; the
-    checkpoint and the metrics count the same; every other sample was trained once, or left.
-    """
-    entries = check_position(ended, shards)
-    quarantined = [entry for entry in entries if entry[7] == "quarantined"]
-    samples_lost = sum(entry[6] is not None for entry in quarantined)
-    assert ended.metric("samples_total", outcome="quarantined") == samples_lost
-    size = Counter()
-    for _, _, reason, start, stop, *_ in quarantined:
-        size[reason] += stop - start
-    for reason, count in size.items():
-        assert ended.metric("quarantined_bytes_total", reason=reason) == count
-
-
-def check_position(ended, shards):
-    """As `check`, but for the metrics, which are of one process; return what must be listed."""
-    assert (ended.code, ended.said) == (EXIT_DONE, [])
-    entries, usable, reasons = Counter(), Tally(), Counter()
-    for index, shard in enumerate(ended.manifest.shards):
-        ordinal = 0
-        for part, start, stop in shards.places(shard.key):
-            number = ordinal if part.key else None
-            ordinal += bool(part.key)
-            if part.reason:
-                entries[shard.key, 0, part.reason, start, stop, part.key, number, part.outcome] += 1
-                reasons[part.reason] += bool(part.key)
-            elif part.key:
-                usable += tally_one(ended.manifest.shards[index].digest, 0, number, start, stop)
-    names = ("shard", "turn", "reason", "start", "stop", "key", "ordinal", "outcome")
-    found = [*ended.listed(), *ended.listed("excluded")]
-    assert Counter(tuple(each[name] for name in names) for each in found) == entries
-    position = ended.position
-    assert position.reasons == +reasons
-    damages = Counter((each.reason, each.start, each.stop) for each in position.damages)
-    assert damages == Counter(entry[2:5] for entry in entries if entry[6] is None)
-    left, digests = Tally(), {shard.key: shard.digest for shard in ended.manifest.shards}
-    for each in ended.left():
-        left += tally_one(digests[each["shard"]], 0, each["ordinal"], each["start"], each["stop"])
-    assert left.samples < BATCH
-    assert position.total("trained") + left == usable
-    lost = sum(entry[6] is not None and entry[7] == "quarantined" for entry in entries)
-    assert position.total("quarantined").samples == lost
-    return entries
 
 
 # Shards that are lost, changed or redacted.
@@ -236,7 +104,7 @@ class AtSample:
 
 
 at_sample = AtSample()
-IN_MID_PASS = {"where": f"{__name__}:at_sample", "storage": {"block_bytes": 4 * KiB}}
+IN_MID_PASS = ONE_LANE | {"where": f"{__name__}:at_sample", "storage": {"block_bytes": 4 * KiB}}
 
 
 @pytest.fixture
@@ -287,17 +155,17 @@ def test_a_shard_that_goes_missing_while_it_is_read_is_lost_from_there_on(shards
 
 def test_a_shard_that_is_missing_after_a_restart_is_lost(shards, train):
     *_, last = in_order(shards)
-    assert train(images=8).code == EXIT_DONE
+    assert train(images=8, **ONE_LANE).code == EXIT_DONE
     (shards.folder / last).unlink()
-    ended = train()
+    ended = train(**ONE_LANE)
     assert check_lost(ended, shards, "missing_shard") == (last, [])
 
 
 def test_a_shard_that_is_missing_after_a_restart_beyond_the_budget_is_refused_by_name(shards, train):
     *_, last = in_order(shards)
-    assert train(images=8).code == EXIT_DONE
+    assert train(images=8, **ONE_LANE).code == EXIT_DONE
     (shards.folder / last).unlink()
-    ended = train(shard_ratio=0.001)
+    ended = train(shard_ratio=0.001, **ONE_LANE)
     assert ended.code == EXIT_CONFIG
     (line,) = ended.said
     assert f"shard {last} is gone" in line
@@ -408,6 +276,12 @@ def test_a_shard_without_members_is_no_fault(shards, train):
     ended = train()
     check(ended, shards)
     assert ended.listed() == []
+
+
+def test_a_shard_whose_members_are_of_no_sample_is_told(shards, train):
+    members = tar_member("README", b"nothing here") + tar_member(".hidden.jpg", JPEG)
+    shards.write("b.tar", [damage("no_sample", members), END])
+    check(train(), shards)
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd", "xz", "bzip2"])
@@ -600,7 +474,7 @@ def test_a_condition_that_no_sample_meets_ends_the_run_with_the_count(shards, tr
 
 
 def test_too_little_memory_is_refused_with_the_figure_that_is_needed(shards, train):
-    ended = train(memory=1000)
+    ended = train(memory=1000, **ONE_LANE)
     refused(ended, "stream.memory = 1000")
     needed = re.search(r"a worker needs (\d+) bytes", ended.said[0])[1]
-    check(train(memory=needed), shards)
+    check(train(memory=needed, **ONE_LANE), shards)
