@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
+from streamswav.commands.undecoded import Undecoded
 from streamswav.config import Config
-from streamswav.crops import Crops, MultiCrop
 from streamswav.drain import Drain
 from streamswav.errors import ConfigError, StreamswavError
 from streamswav.loader import Batch
@@ -52,7 +50,7 @@ class Report:
         requests: to the store, by outcome.
         stage_seconds: time of the loader processes by stage.
         stage_share: the same as shares of their sum.
-        cpu_seconds: of the loader processes; None where the system does not tell.
+        cpu_seconds: of the loader processes since the first batch; None where the system does not tell.
         cpu_seconds_per_sample: the same for one sample.
         main_busy_ratio: share of the time that this process, which takes the batches, was busy.
         not_used: samples that were not given, by outcome.
@@ -86,13 +84,6 @@ class Report:
     reasons: dict[str, int] = field(default_factory=dict)
     damages: int = 0
     limit: str = ""
-
-
-class _NoCrops(MultiCrop):
-    """Makes nothing of an image, so that only the stream is measured."""
-
-    def __call__(self, image: bytes, *, key: tuple[int, ...]) -> Crops:  # noqa: ARG002
-        return Crops((), torch.zeros(0, 0))
 
 
 def stream(
@@ -134,7 +125,7 @@ def stream(
         config,
         manifest,
         Ranks(),
-        crop=None if crops else _NoCrops(config.crops, seed=0),
+        crop=None if crops else Undecoded(config.crops, seed=0),
         hooks=Hooks(drain=meter.done),
     )
     failure = _run(feed, meter)
@@ -191,7 +182,7 @@ class _Meter:
         self._traffic = Counter[str]()
         self._received = 0
         self._stages = Counter[str]()
-        self._cpu = _loader_seconds(report.workers)
+        self._cpu: float | None = None
         self._own = 0.0
 
     def done(self) -> bool:
@@ -211,6 +202,7 @@ class _Meter:
             self._received += received
         if self._first is None:
             self._first, self._own = now, time.process_time()
+            self._cpu = _loader_seconds(report.workers)
             self._first_samples, self._first_bytes = report.samples, report.sample_bytes
             report.first_batch_seconds = now - self._began
             sys.stderr.write(
@@ -232,10 +224,10 @@ class _Meter:
             report.samples_per_second = (report.samples - self._first_samples) / report.seconds
             report.bytes_per_second = (report.sample_bytes - self._first_bytes) / report.seconds
             report.main_busy_ratio = (time.process_time() - self._own) / report.seconds
-        spent = _loader_seconds(report.workers)
-        if spent is not None and self._cpu is not None and report.samples:
+        spent, samples = _loader_seconds(report.workers), report.samples - self._first_samples
+        if spent is not None and self._cpu is not None and samples:
             report.cpu_seconds = spent - self._cpu
-            report.cpu_seconds_per_sample = report.cpu_seconds / report.samples
+            report.cpu_seconds_per_sample = report.cpu_seconds / samples
 
 
 def _run(feed: Feed, meter: _Meter) -> StreamswavError | None:
@@ -277,7 +269,7 @@ def name_limit(report: Report, config: Config) -> str:
     if not report.samples:
         return "limited by the bucket: not one batch came in time; look at the requests, or give --seconds"
     processes = max(1, report.workers)
-    busy = (report.cpu_seconds or 0.0) / (report.seconds + (report.first_batch_seconds or 0.0) or 1.0)
+    busy = (report.cpu_seconds or 0.0) / (report.seconds or 1.0)
     stage = max(report.stage_share, key=lambda name: report.stage_share[name])
     share = f"{100 * report.stage_share[stage]:.0f}% of the loader processes' time"
     full = busy >= _BUSY * report.cores
