@@ -9,6 +9,7 @@ import gzip
 import lzma
 import os
 import re
+import resource
 import struct
 import tarfile
 import zlib
@@ -478,3 +479,18 @@ def test_too_little_memory_is_refused_with_the_figure_that_is_needed(shards, tra
     refused(ended, "stream.memory = 1000")
     needed = re.search(r"a worker needs (\d+) bytes", ended.said[0])[1]
     check(train(memory=needed, **ONE_LANE), shards)
+
+
+def test_a_checkpoint_that_finds_no_room_ends_the_run_and_the_last_one_stands(shards, train):
+    """A limit to the size of files stands for the disk's."""
+    assert train(images=8).code == EXIT_DONE
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * KiB, hard))
+    try:
+        ended = train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused(ended, "model.pt: cannot be written")
+    assert ended.metric("checkpoints_total", outcome="failed") == 1
+    assert ended.position.trained == 8
+    check_position(train(), shards)
