@@ -29,7 +29,7 @@ def test_the_python_examples_run_one_after_the_other(tmp_path, make_shards):
     run = ["pretrain", "--config", "tiny.yaml", "--stream.urls", "shards/", "--run.directory", "runs/first"]
     subprocess.run([sys.executable, "-m", "streamswav", *run], cwd=tmp_path, check=True, capture_output=True)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "\n".join(blocks)],
         check=False,
