@@ -67,7 +67,7 @@ def train(shards, tmp_path, capfd, monkeypatch):
     """Train over the shards, in eight lanes that share them, with the keys that are given."""
     threads = torch.get_num_threads()
 
-    def run(*, images=None, crops=None, storage=None, **stream):
+    def run(*, images=None, crops=None, storage=None, optimizer=None, **stream):
         metrics = Metrics()
         monkeypatch.setattr(pretrain, "Metrics", lambda: metrics)
         base = {"urls": shards.folder, "columns": 4, "rows": 2, "window": 4, "shard_ratio": 0.9}
@@ -77,6 +77,7 @@ def train(shards, tmp_path, capfd, monkeypatch):
             training={"batch": BATCH} | ({"images": images} if images else {}),
             crops=crops or {},
             storage=storage or {},
+            optimizer=optimizer or {},
         )
         code = cli.main(given)
         lines = capfd.readouterr().err.splitlines()
@@ -478,6 +479,7 @@ def test_too_little_memory_is_refused_with_the_figure_that_is_needed(shards, tra
     ended = train(memory=1000, **ONE_LANE)
     refused(ended, "stream.memory = 1000")
     needed = re.search(r"a worker needs (\d+) bytes", ended.said[0])[1]
+    refused(train(memory=int(needed) - 8, **ONE_LANE), "stream.memory")
     check(train(memory=needed, **ONE_LANE), shards)
 
 
@@ -485,7 +487,7 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_the_last_one_stands(sh
     """A limit to the size of files stands for the disk's."""
     assert train(images=8).code == EXIT_DONE
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * KiB, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256 * KiB, hard))
     try:
         ended = train()
     finally:
@@ -494,3 +496,12 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_the_last_one_stands(sh
     assert ended.metric("checkpoints_total", outcome="failed") == 1
     assert ended.position.trained == 8
     check_position(train(), shards)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(shards, train):
+    assert train(images=8).code == EXIT_DONE
+    ended = train(optimizer={"rate": 1e30})
+    refused(ended, "the loss is nan", "lower optimizer.rate")
+    assert ended.metric("nonfinite_steps_total") == 1
+    assert ended.position.trained == 8
+    check_position(train(optimizer={"rate": 0.01}), shards)
