@@ -10,12 +10,12 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -178,14 +178,26 @@ class LaneBatches(IterableDataset[Item]):
                 self._refuse_hopeless(share.passed)
                 continue
             started = time.perf_counter()
-            try:
-                share.crops.append(self._crop(sample))
+            crops = self._crop(sample)
+            if isinstance(crops, PassedOver):
+                share.quarantined.append(crops)
+            else:
+                share.crops.append(crops)
                 share.taken.append(replace(sample, members={}, image=None))
-            except DecodeError as error:
-                share.quarantined.append(pass_over(sample.id, sample, "quarantined", error.reason))
             share.decoding += time.perf_counter() - started
         share.quarantined += reader.take_damages()
         return len(share.taken) == want
+
+    def sift(self) -> list[PassedOver]:
+        """Return what a batch would pass over of all that the plan's only lane holds; nothing is kept."""
+        self.reader.share_among(1, self.plan.grid.window)
+        self._open_lanes([0])
+        lane, found = self._lanes[0], []
+        for sample in lane:
+            verdict = self.select.judge(sample, self.manifest.shards[sample.id.shard].key)
+            tried = self._crop(sample) if verdict is None else pass_over(sample.id, sample, *verdict)
+            found += [tried] if isinstance(tried, PassedOver) else []
+        return found + lane.take_damages()
 
     def _refuse_hopeless(self, passed: Sequence[PassedOver]) -> None:
         """A condition with a slip of the pen lets nothing through: say so before the whole bucket is read.
@@ -223,11 +235,14 @@ class LaneBatches(IterableDataset[Item]):
                     self.reader.begin(piece)
             self._lanes[lane].ask(self.plan.grid.share)
 
-    def _crop(self, sample: Sample) -> Crops:
+    def _crop(self, sample: Sample) -> Crops | PassedOver:
         if sample.image is None:
-            raise DecodeError("no_image", sample.key)
+            return pass_over(sample.id, sample, "quarantined", "no_image")
         shard = self.reader.digest(sample.id.shard)
-        return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
+        try:
+            return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
+        except DecodeError as error:
+            return pass_over(sample.id, sample, "quarantined", error.reason)
 
 
 @dataclass
@@ -239,6 +254,47 @@ class _Share:
     quarantined: list[PassedOver] = field(default_factory=list)
     passed: list[PassedOver] = field(default_factory=list)
     decoding: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Errand(IterableDataset["_Done | Failed"]):
+    """One piece of work for a loader process."""
+
+    work: Callable[[], Any]
+
+    def __iter__(self) -> Iterator[_Done | Failed]:
+        try:
+            yield _Done(self.work())
+        except StreamswavError as error:
+            yield Failed(error)
+
+
+@dataclass(frozen=True)
+class _Done:
+    answer: Any
+
+
+def run_errand(work: Callable[[], Made], *, workers: int, give_up: Callable[[], bool]) -> Made | None:
+    """Do something that may wait long for storage in a loader process, where a run has such.
+
+    Returns:
+        What `work` returned; None if `give_up` said so meanwhile.
+
+    Raises:
+        StreamswavError: what `work` raised.
+    """
+    if workers == 0:
+        return work()
+    with open_loader(_Errand(work), workers=1) as items:
+        for item in items:
+            if isinstance(item, Failed):
+                raise item.error
+            if isinstance(item, _Done):
+                answer: Made = item.answer
+                return answer
+            if give_up():
+                return None
+    raise AssertionError("an errand ends with an answer or an error")
 
 
 @contextmanager

@@ -46,8 +46,6 @@ from fault_proxy import FaultProxy, Rates  # noqa: E402 - these two lie beside t
 from runs import Running, arguments, free_port, start_ranks  # noqa: E402
 
 BATCH = 16
-PASSES = 2
-SHARDS = 36
 DIVIDING = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0)]
 OTHERS = [(3, 0), (3, 1), (2, 3)]
 RATES = Rates(reset=0.03, stall=0.003, truncate=0.02, slowdown=0.01, error=0.02)
@@ -62,18 +60,26 @@ class Bucket:
     Attributes:
         endpoint: of the server itself.
         folder: behind it.
+        passes: over all shards.
         steps: about how many batches a run takes.
     """
 
     endpoint: str
     folder: Path
+    passes: int
     steps: int
 
     def command(self, run: str, endpoint: str, workers: int) -> list[str]:
         """Arguments of `pretrain` for one start."""
         given = arguments(
             run={"directory": f"s3://chaos/{run}"},
-            stream={"urls": "s3://chaos/shards/", "passes": PASSES, "columns": 4, "rows": 2, "window": 8},
+            stream={
+                "urls": "s3://chaos/shards/",
+                "passes": self.passes,
+                "columns": 4,
+                "rows": 2,
+                "window": 8,
+            },
             storage={"endpoint_url": endpoint, "timeout_seconds": 3, "block_bytes": 1 << 16},
             loader={"workers": workers},
             checkpoint={"images": 2 * BATCH},
@@ -90,7 +96,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     dice = random.Random(options.seed)
     with serve(folder) as endpoint:
-        bucket = Bucket(endpoint, folder / "data" / "chaos", build(folder / "data" / "chaos", dice))
+        samples = build(folder / "data" / "chaos", options.shards, dice)
+        steps = samples * options.passes // BATCH
+        bucket = Bucket(endpoint, folder / "data" / "chaos", options.passes, steps)
         finish(bucket, "calm", endpoint, folder / "calm", [(1, 1)], dice=dice)
         with FaultProxy(endpoint, seed=options.seed, rates=RATES, stall_seconds=4) as proxy:
             report = disturb(bucket, proxy, folder / "logs", options, dice)
@@ -113,6 +121,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of data, faults, kills and topologies")
     parser.add_argument("--rounds", type=int, default=20, help="kills")
     parser.add_argument("--minutes", type=float, default=10, help="no kills after that; the run then ends")
+    parser.add_argument("--passes", type=int, default=2, help="over the shards")
+    parser.add_argument("--shards", type=int, default=36)
     parser.add_argument("--dividing", action="store_true", help="only ranks and workers that divide the grid")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
     return parser.parse_args()
@@ -138,11 +148,11 @@ def serve(folder: Path) -> Iterator[str]:
             process.wait()
 
 
-def build(folder: Path, dice: random.Random) -> int:
-    """Write the shards, some of them damaged, and the opt-outs; return about how many batches they make."""
+def build(folder: Path, count_of_shards: int, dice: random.Random) -> int:
+    """Write the shards, some of them damaged, and the opt-outs; return the number of samples."""
     shards, samples = folder / "shards", 0
     shards.mkdir()
-    for shard in range(SHARDS):
+    for shard in range(count_of_shards):
         count = dice.choice([0, 1, 7, 40, 60, 80, 160])
         samples += count
         write_shard(shards / f"part-{shard:03d}.tar", shard, count, dice)
@@ -150,11 +160,11 @@ def build(folder: Path, dice: random.Random) -> int:
     for damage, path in zip((cut, cut_on_a_boundary, break_headers, overwrite), paths[-8:], strict=False):
         damage(path, dice)
     (shards / "part-900.tar").write_bytes(dice.randbytes(20_000))
-    optouts = [f"{shard}_{number}" for shard in range(SHARDS) for number in range(3, 160, 31)]
+    optouts = [f"{shard}_{number}" for shard in range(count_of_shards) for number in range(3, 160, 31)]
     (folder / "optouts.txt").write_text("\n".join(optouts) + "\n")
-    redacted = [part for number in range(0, SHARDS, 9) for part in ("--key", f"{number}_0")]
+    redacted = [part for number in range(0, count_of_shards, 9) for part in ("--key", f"{number}_0")]
     shards_cli.main(["redact", str(shards), *redacted])  # it exits with 1 where a shard has no such sample
-    return samples * PASSES // BATCH
+    return samples
 
 
 def write_shard(path: Path, shard: int, count: int, dice: random.Random) -> None:

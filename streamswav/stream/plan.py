@@ -17,6 +17,7 @@ import numpy as np
 
 from streamswav.errors import PositionError
 from streamswav.philox import permutation
+from streamswav.stream.outcomes import PassedOver
 
 ORDER_VERSION = 2
 """Rises when the same seed would give another order; a position of another version is refused."""
@@ -301,11 +302,12 @@ def remaining(plan: Plan, cursors: Mapping[int, Cursor]) -> list[Piece]:
     return [piece for piece in left if not piece.exhausted_at(piece.ordinal)]
 
 
-def without(pieces: Iterable[Piece], quarantined: Iterable[tuple[int, int, int]]) -> list[Piece]:
-    """Mark samples, given as (shard, turn, ordinal), as done in the pieces that hold them."""
+def without(pieces: Iterable[Piece], passed_over: Iterable[PassedOver]) -> list[Piece]:
+    """Mark samples that are passed over as done in the pieces that hold them."""
     gone: dict[tuple[int, int], list[int]] = {}
-    for shard, turn, ordinal in quarantined:
-        gone.setdefault((shard, turn), []).append(ordinal)
+    for each in passed_over:
+        if each.ordinal is not None:
+            gone.setdefault((each.shard, each.turn), []).append(each.ordinal)
     left = []
     for piece in pieces:
         held = (n for n in gone.get((piece.shard, piece.turn), ()) if n >= piece.ordinal and piece.wants(n))

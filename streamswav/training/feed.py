@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from streamswav.crops import MultiCrop
 from streamswav.errors import ManifestError
-from streamswav.loader import Batch, Exhausted, Failed, Item, LaneBatches, open_loader
+from streamswav.loader import Batch, Exhausted, Failed, Item, LaneBatches, open_loader, run_errand
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import PassedOver, Tally
 from streamswav.stream.plan import (
@@ -31,11 +33,14 @@ from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import name_samples
 from streamswav.stream.select import Selection
+from streamswav.stream.tar import TarSample
 from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.growth import Growth
 
 _LOOK_UP_SECONDS = 0.5
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -272,23 +277,23 @@ class Feed:
         """Deal what is left of the pass, and what came since, into a new generation, or end the pass."""
         progressed = self._batches > 0 or self.position.batches > 0
         self.synchronise()
-        self._record(gone)
-        consumed = [(each.shard, each.turn, each.ordinal) for each in gone if each.ordinal is not None]
-        left = without(remaining(plan, self.position.cursors), consumed)
+        left = without(remaining(plan, self.position.cursors), gone)
         new = self._take_new()
         many = progressed and self._estimate(left) > 2 * plan.grid.batch * plan.grid.rows
         if new or many:
+            self._record(gone)
             self._enter(gather_pieces([*left, *new], turn=plan.turn))
             return
         named = self._name(left)
-        samples = sum(len(piece.named() or ()) for piece in named)
-        if samples >= plan.grid.batch:
-            self._enter(Deal(pieces=tuple(named), one_by_one=True))
-        elif self._growth is None:
-            self._end_pass(named, samples)
-        else:
-            self._enter(Deal(pieces=tuple(named), one_by_one=True))
-            self._await_new(named, samples)
+        if named is None:  # a drain: the position stays where it was, and what is gone will be met again
+            return
+        self._record(gone)
+        self._enter(Deal(pieces=tuple(named), one_by_one=True))
+        if _count(named) < plan.grid.batch:
+            if self._growth is None:
+                self._end_pass(named)
+            else:
+                self._await_new(named)
 
     def _enter(self, dealt: Deal) -> None:
         self.position = self.position.deal_again(dealt, manifest=self.manifest.digest)
@@ -305,7 +310,7 @@ class Feed:
         covered = self.position.covered(self.manifest)
         return [Piece(index, self.position.turn) for index in range(covered, len(self.manifest.shards))]
 
-    def _await_new(self, named: Sequence[Piece], samples: int) -> None:
+    def _await_new(self, named: Sequence[Piece]) -> None:
         """Wait until there is something new, nothing came for too long, or a drain is asked for."""
         assert self._growth is not None
         self._hooks.on_idle(True)
@@ -323,7 +328,7 @@ class Feed:
                 self._enter(gather_pieces([*named, *new], turn=self.position.turn))
                 return
             if late:
-                self._end_pass(named, samples)
+                self._end_pass(named)
                 return
             time.sleep(_LOOK_UP_SECONDS)
 
@@ -333,17 +338,23 @@ class Feed:
         total = sum(bytes_left(piece, self._sizes) for piece in left)
         return total / mean if mean else 0.0
 
-    def _name(self, left: Sequence[Piece]) -> list[Piece]:
-        """Rank 0 scans what is left, for all."""
-        shards, select = self.manifest.shards, self._select
-        named, passed = self._ranks.lead(
-            lambda: name_samples(
-                left, self._reader.open, lambda shard, sample: select.judge(sample, shards[shard].key)
-            )
-        )
+    def _name(self, left: Sequence[Piece]) -> list[Piece] | None:
+        """Have what is left scanned, for all ranks; None where a drain is asked for meanwhile."""
+        judge = _Judge(self._select, self.manifest)
+        scanned = self._run_errand(partial(name_samples, left, self._reader.open, judge))
+        if scanned is None:
+            return None
+        named, passed = scanned
         self._check_budget(passed)
         self._record(passed)
         return named
+
+    def _run_errand(self, work: Callable[[], Answer]) -> Answer | None:
+        """Have rank 0 see to it, for all ranks; None where a drain is asked for meanwhile."""
+        workers, drain = self._settings.workers, self._hooks.drain
+        answer = self._ranks.lead(lambda: run_errand(work, workers=workers, give_up=drain))
+        self.drained = self.drained or answer is None
+        return answer
 
     def _record(self, found: Sequence[PassedOver]) -> None:
         """Keep account of what was passed over; a damage that is met again counts once."""
@@ -353,21 +364,58 @@ class Feed:
         for each in fresh:
             self._hooks.on_passed_over(each)
 
-    def _end_pass(self, left: Sequence[Piece], samples: int) -> None:
+    def _end_pass(self, left: Sequence[Piece]) -> None:
         """Carry the left-over into the next pass, or finish.
 
         Raises:
             ManifestError: not one batch could be filled.
         """
         following = self.position.next_turn(left)
-        if following.finished and following.trained == 0:
-            passed = sum(self.position.total(outcome).samples for outcome in ("excluded", "filtered"))
-            hint = f", {passed} more were excluded or filtered" if passed else ""
-            raise ManifestError(
-                f"the shards hold {samples} usable samples{hint}, fewer than one global batch "
-                f"(training.batch = {self.position.grid.batch}); lower it or add data"
-            )
-        self.position = following
+        if following.finished:
+            if following.trained == 0:
+                self._refuse_too_few(_count(left))
+            left = self._sift(left)
+            following = self.position.next_turn(left)
+        if not self.drained:
+            self.position = following
+
+    def _sift(self, left: Sequence[Piece]) -> Sequence[Piece]:
+        """Decode what is left over at the very end: what no batch could use is quarantined all the same.
+
+        So what becomes of a sample does not depend on whether it is the order's last.
+        """
+        plan = Plan(replace(self.position.grid, batch=1, columns=1, rows=1), 0, 0, 0, (tuple(left),))
+        lane = LaneBatches(plan, {}, 0, range(1), self.manifest, self._reader, self._select, self._crop)
+        found = self._run_errand(lane.sift)
+        if found is None:
+            return left
+        self._check_budget(found)
+        self._record(found)
+        return without(left, found)
+
+    def _refuse_too_few(self, samples: int) -> None:
+        passed = sum(self.position.total(outcome).samples for outcome in ("excluded", "filtered"))
+        hint = f", {passed} more were excluded or filtered" if passed else ""
+        raise ManifestError(
+            f"the shards hold {samples} usable samples{hint}, fewer than one global batch "
+            f"(training.batch = {self.position.grid.batch}); lower it or add data"
+        )
+
+
+def _count(named: Iterable[Piece]) -> int:
+    """Samples that pieces name."""
+    return sum(len(piece.named() or ()) for piece in named)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Tells of a sample whether it is trained; a process of its own may do so."""
+
+    select: Selection
+    manifest: Manifest
+
+    def __call__(self, shard: int, sample: TarSample) -> tuple[str, str] | None:
+        return self.select.judge(sample, self.manifest.shards[shard].key)
 
 
 def _bad(item: Item | None) -> tuple[PassedOver, ...]:
