@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from streamswav.config import Config, check_combinations, keys
 from streamswav.errors import ConfigError
@@ -91,6 +91,15 @@ class Choice:
     key: str
     value: Any
     reason: str
+
+
+Number = TypeVar("Number", int, float)
+
+
+def known(value: Number | None) -> Number:
+    """Return a value that `resolve` has filled in."""
+    assert value is not None, "resolved at start"
+    return value
 
 
 def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from streamswav.commands.pretrain import pretrain, refuse_incomplete, reopened
+from streamswav.commands.pretrain import pretrain, refuse_incomplete
 from streamswav.config import Config, StreamSection, parse_config
 from streamswav.defaults import run_samples
 from streamswav.drain import Drain
@@ -36,7 +36,7 @@ def cooldown(config: Config, drain: Drain, *, images: int | None) -> dict[str, A
     # A cool-down that was interrupted goes on to the end it had.
     if saved.optimizer.cooldown_images and saved.training.images:
         return pretrain(_with_end(config, saved.optimizer.cooldown_images, saved.training.images), drain)
-    if reopened(position, config.stream.passes_by_url).finished:
+    if position.with_passes(config.stream.passes_by_url).finished:
         reason = "the stream is at its end; a cool-down needs images: ask for one pass more"
         raise ConfigError("stream.passes", reason, value=config.stream.passes)
     length = images or position.trained // 10

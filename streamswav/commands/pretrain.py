@@ -7,8 +7,6 @@ import math
 import os
 import time
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,22 +22,23 @@ from streamswav.commands.run_folder import (
 )
 from streamswav.commands.summary import summarise
 from streamswav.config import Config, dump_config
-from streamswav.crops import Augment, MultiCrop, image_size
-from streamswav.defaults import Facts, resolve, run_samples
+from streamswav.crops import Augment
+from streamswav.defaults import Facts, known, resolve, run_samples
 from streamswav.drain import Drain
-from streamswav.errors import ConfigError, DrainedError, ManifestError, PositionError, StreamswavError
+from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
 from streamswav.models import build_trunk
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.plan import Grid, fit_grid
 from streamswav.stream.position import Position
-from streamswav.stream.select import Selection, load_selection
+from streamswav.stream.select import Selection
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.exporter import serve_metrics
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
-from streamswav.training.build import build_learner, build_reader, feed_settings, known
+from streamswav.training.build import build_learner
 from streamswav.training.distributed import Ranks, join_ranks, local_world_size
 from streamswav.training.feed import Feed, Hooks
+from streamswav.training.feeding import begun_grid, build_feed, build_selection
 from streamswav.training.growth import Growth
 from streamswav.training.monitor import Monitor
 from streamswav.training.pace import make_pace
@@ -102,7 +101,7 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
     begun = ranks.lead(lambda: read_begun(config, store))
     manifest = ranks.lead(lambda: freeze_manifest(config, store, reporter, begun=begun is not None))
     if begun:
-        refuse_other_grid(_grid(begun), config)
+        refuse_other_grid(begun_grid(begun), config)
     cuda = ranks.device.type == "cuda"
     facts = Facts(
         world_size=ranks.world_size,
@@ -194,13 +193,11 @@ def _build_trainer(
             f"going on from {restored.checkpoint.url} ({position.trained:,} images)",
             step=restored.step,
         )
-    feed = Feed(
+    feed = build_feed(
+        config,
         run.manifest,
         position,
-        settings=feed_settings(config),
-        reader=build_reader(config, run.manifest),
-        crop=MultiCrop(config.crops, seed=config.stream.seed),
-        ranks=ranks,
+        ranks,
         select=select,
         growth=_growth(run) if config.stream.follow else None,
         hooks=Hooks(
@@ -232,8 +229,7 @@ def _build_trainer(
 
 def _load_selection(run: Run) -> Selection:
     """Read what is not trained; every rank does, since predicates are functions of this machine."""
-    size_of = partial(image_size, exif_orientation=run.config.crops.exif_orientation)
-    select = load_selection(run.config.stream, run.store, size_of=size_of)
+    select = build_selection(run.config, run.store)
     if run.config.stream.exclude or run.config.stream.where:
         run.reporter.event(
             "selection",
@@ -273,11 +269,11 @@ def _start_position(run: Run, restored: Restored | None) -> Position:
         PositionError: the shards, the grid or the seed of the configuration are not the run's, or the ranks
             cannot share the batch.
     """
-    config, begun = run.config, _grid(run.config)
+    config, begun = run.config, begun_grid(run.config)
     passes = config.stream.passes_by_url
     if restored is None:
         return Position(run.manifest.digest, begun, config.stream.seed, passes)
-    position = reopened(restored.position, passes)
+    position = restored.position.with_passes(passes)
     position.covered(run.manifest)
     world_size, workers = run.ranks.world_size, known(config.loader.workers)
     grid = fit_grid(position.grid, begun, world_size=world_size, workers=workers)
@@ -295,28 +291,6 @@ def _start_position(run: Run, restored: Restored | None) -> Position:
 
 def _shape(grid: Grid) -> str:
     return f"{grid.columns} columns, {grid.rows} rows, batches of {grid.batch}"
-
-
-def reopened(position: Position, passes: tuple[int, ...]) -> Position:
-    """Return the position for so many passes; a stream at its end goes on where more are asked for now.
-
-    Raises:
-        PositionError: the passes over one of several sources were changed.
-    """
-    if passes == position.passes:
-        return position
-    if len(passes) != len(position.passes) or len({*passes}) > 1 or len({*position.passes}) > 1:
-        raise PositionError(
-            f"the run began with stream.passes = {list(position.passes)}, now it is {list(passes)}: passes "
-            "over several URLs can be changed only where all have the same number; set it back"
-        )
-    finished = position.finished and position.turn >= max(passes)
-    return replace(position, passes=passes, finished=finished)
-
-
-def _grid(config: Config) -> Grid:
-    stream = config.stream
-    return Grid(known(config.training.batch), known(stream.columns), known(stream.rows), stream.window)
 
 
 def _about(config: Config, ranks: Ranks) -> dict[str, str]:

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from streamswav.commands.undecoded import Undecoded
 from streamswav.config import Config
+from streamswav.defaults import known
 from streamswav.drain import Drain
 from streamswav.errors import ConfigError, StreamswavError
 from streamswav.loader import Batch
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store, redact
-from streamswav.training.build import known
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, Hooks
-from streamswav.training.stream_loader import build_feed, resolve_stream
+from streamswav.training.stream_loader import open_feed, resolve_stream
 
 STAGES = ("fetch", "parse", "decode", "collate")
 
@@ -121,7 +121,7 @@ def stream(
     report.list_seconds = time.perf_counter() - began
     drain.patient = True
     meter = _Meter(report, until=seconds, samples=samples, drain=drain)
-    feed = build_feed(
+    feed = open_feed(
         config,
         manifest,
         Ranks(),

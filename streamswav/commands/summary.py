@@ -8,12 +8,13 @@ from typing import Any
 
 from streamswav.commands.run_folder import LEFT_FILE, Run
 from streamswav.config import Config
+from streamswav.defaults import known
 from streamswav.stream.account import list_left
 from streamswav.stream.outcomes import OUTCOMES
 from streamswav.stream.position import Position
 from streamswav.stream.store import join, redact
-from streamswav.training.build import build_reader, known
 from streamswav.training.feed import Feed
+from streamswav.training.feeding import build_reader
 from streamswav.training.monitor import Monitor
 from streamswav.training.saver import Saver
 from streamswav.training.trainer import Trainer

@@ -173,6 +173,22 @@ class Position:
             return replace(self, grid=grid)
         return self.deal_again(gather_pieces(self.left(manifest), turn=self.turn), grid=grid)
 
+    def with_passes(self, passes: tuple[int, ...]) -> Position:
+        """Return the position for so many passes; a stream at its end goes on where more are asked for now.
+
+        Raises:
+            PositionError: the passes over one of several sources were changed.
+        """
+        if passes == self.passes:
+            return self
+        if len(passes) != len(self.passes) or len({*passes}) > 1 or len({*self.passes}) > 1:
+            raise PositionError(
+                f"the run began with stream.passes = {list(self.passes)}, now it is {list(passes)}: passes "
+                "over several URLs can be changed only where all have the same number; set it back"
+            )
+        finished = self.finished and self.turn >= max(passes)
+        return replace(self, passes=passes, finished=finished)
+
     def next_turn(self, left: Sequence[Piece]) -> Position:
         """Return the position at the start of the next pass, which begins with what this one left over."""
         return replace(

@@ -43,6 +43,8 @@ class ShardReader:
         read_ahead: most blocks that a shard is ahead of its parser, also while nobody reads on.
         requests: reads in flight, over all open shards.
         memory: bytes of blocks and windows of one process; where lanes are many, both shrink to it.
+        lanes: that will stay open in a process.
+        window: samples of a window.
 
     Attributes:
         manifest: the shards; it may grow.
@@ -50,7 +52,7 @@ class ShardReader:
         fetch_seconds: time that the reading thread waited for bytes.
 
     Raises:
-        ConfigError: the memory would not even do for one lane.
+        ConfigError: the memory does not do for these lanes; it says how much would.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class ShardReader:
         read_ahead: int,
         requests: int = _REQUESTS,
         memory: int = _MEMORY,
+        lanes: int = 1,
+        window: int = _WINDOW,
     ) -> None:
         self.manifest, self._storage = manifest, storage
         self._read_ahead, self._requests, self._memory = read_ahead, requests, memory
@@ -68,7 +72,7 @@ class ShardReader:
         self._begun: dict[tuple[int, int], list[_Blocks]] = {}
         self._traffic: deque[tuple[str, int]] = deque()
         self.fetch_seconds = 0.0
-        self.share_among(1)
+        self.share_among(lanes, window)
 
     def __reduce__(self) -> tuple[Callable[..., ShardReader], tuple[object, ...]]:
         limits = {"read_ahead": self._read_ahead, "requests": self._requests, "memory": self._memory}

@@ -1,32 +1,20 @@
-"""The learner of a resolved configuration, on this rank's device, and what its feed is given."""
+"""The learner of a resolved configuration, on this rank's device."""
 
 from __future__ import annotations
-
-from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from streamswav.config import Config
+from streamswav.defaults import known
 from streamswav.models import SwAVNetwork, build_network
-from streamswav.stream.manifest import Manifest
-from streamswav.stream.reader import ShardReader
 from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
 from streamswav.training.distributed import Ranks
-from streamswav.training.feed import FeedSettings
 from streamswav.training.learner import Learner
 from streamswav.training.optim import build_optimizer
 
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Number = TypeVar("Number", int, float)
-
-
-def known(value: Number | None) -> Number:
-    """Return a value that `streamswav.defaults.resolve` has filled in."""
-    assert value is not None, "resolved at start"
-    return value
 
 
 def build_learner(config: Config, ranks: Ranks) -> Learner:
@@ -85,26 +73,4 @@ def _distribute(network: SwAVNetwork, config: Config, ranks: Ranks) -> SwAVNetwo
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         process_group=ranks.group,
         gradient_as_bucket_view=True,
-    )
-
-
-def feed_settings(config: Config) -> FeedSettings:
-    """Return what the feed needs of a resolved configuration."""
-    return FeedSettings(
-        workers=known(config.loader.workers),
-        prefetch=config.loader.prefetch,
-        skip_ratio=config.stream.skip_ratio,
-        skip_probation=config.stream.skip_probation,
-        shard_ratio=config.stream.shard_ratio,
-    )
-
-
-def build_reader(config: Config, manifest: Manifest) -> ShardReader:
-    """Return what opens the shards of a resolved configuration."""
-    return ShardReader(
-        manifest,
-        config.storage,
-        read_ahead=config.loader.read_ahead,
-        requests=config.loader.requests,
-        memory=config.stream.memory,
     )

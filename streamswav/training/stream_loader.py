@@ -6,8 +6,6 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,19 +20,18 @@ from streamswav.config import (
     TrainingSection,
     check_combinations,
 )
-from streamswav.crops import MultiCrop, image_size
-from streamswav.defaults import Facts, resolve
+from streamswav.crops import MultiCrop
+from streamswav.defaults import Facts, known, resolve
 from streamswav.errors import ConfigError, PositionError
 from streamswav.loader import Batch
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.open import Urls, passes_of, read_position, url_list
 from streamswav.stream.plan import Grid, fit_grid
 from streamswav.stream.position import Position
-from streamswav.stream.reader import ShardReader
-from streamswav.stream.select import load_selection
 from streamswav.stream.store import Store
 from streamswav.training.distributed import Ranks
-from streamswav.training.feed import Feed, FeedSettings, Hooks
+from streamswav.training.feed import Feed, Hooks
+from streamswav.training.feeding import begun_grid, build_feed, build_selection
 
 _CROPS = CropsSection()
 _STREAM = StreamSection()
@@ -118,7 +115,7 @@ class StreamLoader:
         self.manifest = self._ranks.lead(lambda: list_manifest(given, Store(storage)))
         self._config = resolve_stream(config, self.manifest, self._ranks)
         self._batches: Generator[Batch, None, None] | None = None
-        self._feed = build_feed(self._config, self.manifest, self._ranks)
+        self._feed = open_feed(self._config, self.manifest, self._ranks)
 
     @property
     def batch(self) -> int:
@@ -156,7 +153,7 @@ class StreamLoader:
         position = read_position(state)
         position.covered(self.manifest)
         self.close()
-        self._feed = build_feed(self._config, self.manifest, self._ranks, position=position)
+        self._feed = open_feed(self._config, self.manifest, self._ranks, position=position)
 
     def close(self) -> None:
         """End the loader processes; iterating starts them again."""
@@ -210,7 +207,7 @@ def resolve_stream(config: Config, manifest: Manifest, ranks: Ranks) -> Config:
     return resolve(config, facts)[0]
 
 
-def build_feed(
+def open_feed(
     config: Config,
     manifest: Manifest,
     ranks: Ranks,
@@ -231,52 +228,26 @@ def build_feed(
 
     Raises:
         PositionError: the position is not this stream's, or the ranks cannot share the batch.
-        ConfigError: conditions or lists that cannot be understood.
+        ConfigError: conditions or lists that cannot be understood, too little memory.
         StorageError: a list that cannot be read.
     """
-    stream, loader = config.stream, config.loader
-    begun = Grid(_known(config.training.batch), _known(stream.columns), _known(stream.rows), stream.window)
-    start = position or Position(manifest.digest, begun, stream.seed, stream.passes_by_url)
-    size_of = partial(image_size, exif_orientation=config.crops.exif_orientation)
-    return Feed(
-        manifest,
-        _fitted(start, begun, manifest, config, ranks),
-        settings=FeedSettings(
-            workers=_known(loader.workers),
-            prefetch=loader.prefetch,
-            skip_ratio=stream.skip_ratio,
-            skip_probation=stream.skip_probation,
-            shard_ratio=stream.shard_ratio,
-        ),
-        reader=ShardReader(
-            manifest,
-            config.storage,
-            read_ahead=loader.read_ahead,
-            requests=loader.requests,
-            memory=stream.memory,
-        ),
-        crop=crop or MultiCrop(config.crops, seed=stream.seed),
-        ranks=ranks,
-        select=load_selection(stream, Store(config.storage), size_of=size_of),
-        hooks=hooks,
-    )
+    begun = begun_grid(config)
+    start = position or Position(manifest.digest, begun, config.stream.seed, config.stream.passes_by_url)
+    fitted = _fitted(start, begun, manifest, config, ranks)
+    select = build_selection(config, Store(config.storage))
+    return build_feed(config, manifest, fitted, ranks, select=select, crop=crop, hooks=hooks)
 
 
 def _fitted(position: Position, begun: Grid, manifest: Manifest, config: Config, ranks: Ranks) -> Position:
     """Return the position with the passes asked for, on a grid for these ranks and workers."""
-    stream, passes = config.stream, config.stream.passes_by_url
-    if position.seed != stream.seed:
-        raise PositionError(f"the state was made with seed {position.seed}, the loader with {stream.seed}")
-    if passes != position.passes:
-        if len(passes) != len(position.passes) or max(map(len, ({*passes}, {*position.passes}))) > 1:
-            raise PositionError(f"the state was made with passes {position.passes}, the loader with {passes}")
-        position = replace(
-            position, passes=passes, finished=position.finished and position.turn >= max(passes)
-        )
+    if position.seed != config.stream.seed:
+        theirs, ours = position.seed, config.stream.seed
+        raise PositionError(f"the state was made with seed {theirs}, the loader with {ours}")
+    position = position.with_passes(config.stream.passes_by_url)
     # A batch that was rounded down for other ranks is still the same batch; any other is a new wish.
-    ours = position.grid.batch == begun.batch // position.grid.columns * position.grid.columns
-    current = position.grid if ours else begun
-    workers = _known(config.loader.workers)
+    same = position.grid.batch == begun.batch // position.grid.columns * position.grid.columns
+    current = position.grid if same else begun
+    workers = known(config.loader.workers)
     return position.on_grid(manifest, fit_grid(current, begun, world_size=ranks.world_size, workers=workers))
 
 
@@ -305,8 +276,3 @@ def _ranks_here(ranks: Ranks) -> int:
     """Return the number of ranks on this machine."""
     here = os.uname().nodename
     return ranks.gather(here).count(here)
-
-
-def _known(value: int | None) -> int:
-    assert value is not None, "resolved before"
-    return value
