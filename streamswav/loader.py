@@ -1,42 +1,28 @@
-"""Stream x crops -> batches: what a loader process does, and how its batches reach the rank in order."""
+"""Stream x crops -> batches: what a loader process does."""
 
 from __future__ import annotations
 
-import functools
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing import connection, forkserver
-from multiprocessing.connection import Connection
-from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from streamswav.crops import Crops, MultiCrop, collate
 from streamswav.errors import ConfigError, DecodeError, StreamswavError
+from streamswav.processes import Failed
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import PassedOver, Tally, tally_one
-from streamswav.stream.plan import Cursor, Plan
+from streamswav.stream.pieces import Cursor
+from streamswav.stream.plan import Plan
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader, Sample, SampleId, pass_over
 from streamswav.stream.select import Selection
 
-PATIENCE_SECONDS = 1.0
-GRACE_SECONDS = 2.0
 HOPELESS = 10_000
-
-_DIED = (
-    "a loader process was killed, most likely for want of memory; give the rank more memory or /dev/shm, "
-    "or lower loader.workers or loader.prefetch"
-)
 
 
 @dataclass(frozen=True)
@@ -85,15 +71,7 @@ class Exhausted:
     passed: tuple[PassedOver, ...]
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A loader process met an error that no retry mends."""
-
-    error: StreamswavError
-
-
 Item = Batch | Exhausted | Failed
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -254,132 +232,3 @@ class _Share:
     quarantined: list[PassedOver] = field(default_factory=list)
     passed: list[PassedOver] = field(default_factory=list)
     decoding: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Errand(IterableDataset["_Done | Failed"]):
-    """One piece of work for a loader process."""
-
-    work: Callable[[], Any]
-
-    def __iter__(self) -> Iterator[_Done | Failed]:
-        try:
-            yield _Done(self.work())
-        except StreamswavError as error:
-            yield Failed(error)
-
-
-@dataclass(frozen=True)
-class _Done:
-    answer: Any
-
-
-def run_errand(work: Callable[[], Made], *, workers: int, give_up: Callable[[], bool]) -> Made | None:
-    """Do something that may wait long for storage in a loader process, where a run has such.
-
-    Returns:
-        What `work` returned; None if `give_up` said so meanwhile.
-
-    Raises:
-        StreamswavError: what `work` raised.
-    """
-    if workers == 0:
-        return work()
-    with open_loader(_Errand(work), workers=1) as items:
-        for item in items:
-            if isinstance(item, Failed):
-                raise item.error
-            if isinstance(item, _Done):
-                answer: Made = item.answer
-                return answer
-            if give_up():
-                return None
-    raise AssertionError("an errand ends with an answer or an error")
-
-
-@contextmanager
-def open_loader(
-    batches: IterableDataset[Made], *, workers: int, prefetch: int = 2, pin_memory: bool = False
-) -> Iterator[Iterator[Made | Failed | None]]:
-    """Run the loader processes for as long as the context lasts; `workers=0`: the rank does their work.
-
-    Yields:
-        An iterator over what they make, in order. It gives None where nothing came for `PATIENCE_SECONDS`,
-        so that the rank can look up.
-    """
-    if workers == 0:
-        yield iter(DataLoader(batches, batch_size=None, pin_memory=pin_memory, generator=torch.Generator()))
-        return
-    start_fork_server()
-    context = multiprocessing.get_context("forkserver")
-    leash, end = context.Pipe(duplex=False)
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        pin_memory=pin_memory,
-        timeout=PATIENCE_SECONDS,
-        # Its own, or each start of the loader would take a number from the rank's.
-        generator=torch.Generator(),
-        worker_init_fn=functools.partial(_prepare_worker, leash=leash),
-        # s3fs is not fork-safe, and spawn would import torch again in every worker.
-        multiprocessing_context=context,
-    )
-    with leash, end:
-        yield _take(iter(loader))
-
-
-def start_fork_server() -> None:
-    """Start the process that loader processes are forked from; it imports torch while the rank goes on.
-
-    A signal to the whole process group must not take it: the rank ends its loader processes once it has
-    saved. It leaves SIGINT alone by itself; SIGTERM it keeps blocked as it finds it.
-    """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["streamswav.loader"])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _take(items: Iterator[Made]) -> Iterator[Made | Failed | None]:
-    """Give the items as they come, None where none comes, and what became of processes that died."""
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            # The DataLoader has no types for these two.
-            if str(error).startswith("DataLoader timed out"):
-                yield None
-            elif str(error).startswith("DataLoader worker"):
-                yield Failed(StreamswavError(_DIED))
-            else:
-                raise
-        except (ConnectionError, EOFError, FileNotFoundError):
-            # The tensors of a process that died are fetched in vain.
-            yield Failed(StreamswavError(_DIED))
-        else:
-            yield item
-
-
-def _prepare_worker(_: int, *, leash: Connection) -> None:
-    """A signal to the process group must not take a worker; the leash does, when the rank lets go of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(leash,), name="leash", daemon=True).start()
-
-
-def _end_with(leash: Connection) -> None:
-    """Wait until the rank's end of the leash is closed, by the rank or by its death; then leave soon.
-
-    The DataLoader's own watch does not see a rank that was killed, as the fork server is the parent; and
-    it waits for a worker that is busy, which one that meets no storage is until the deadline.
-    """
-    connection.wait([leash])
-    time.sleep(GRACE_SECONDS)
-    os._exit(1)

@@ -6,9 +6,11 @@ import json
 import tarfile
 from dataclasses import dataclass, field
 
+from streamswav.stream.grid import Grid, fit_grid
 from streamswav.stream.manifest import Manifest, Shard
 from streamswav.stream.outcomes import tally_one
-from streamswav.stream.plan import Deal, Grid, Piece, bytes_left, fit_grid, gather_pieces, remaining
+from streamswav.stream.pieces import Piece
+from streamswav.stream.plan import Deal, bytes_left, gather_pieces, remaining
 from streamswav.stream.position import Position
 from streamswav.stream.samples import LaneReader, name_samples
 from streamswav.stream.tar import read_samples

@@ -28,9 +28,10 @@ from pathlib import Path
 from torch.utils.data import IterableDataset
 
 from streamswav.config import StorageSection
-from streamswav.loader import Failed, open_loader
+from streamswav.processes import Failed, open_loader
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import list_manifest
-from streamswav.stream.plan import Deal, Grid, Plan, make_plan
+from streamswav.stream.plan import Deal, Plan, make_plan
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader
 from streamswav.stream.store import Store

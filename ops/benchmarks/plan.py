@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from streamswav.stream.grid import Grid, fit_grid
 from streamswav.stream.manifest import Manifest, Shard
-from streamswav.stream.plan import Cursor, Grid, fit_grid
+from streamswav.stream.pieces import Cursor
 from streamswav.stream.position import Position
 
 MB = 1e6

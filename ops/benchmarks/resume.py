@@ -30,8 +30,8 @@ import webdataset
 
 from streamswav.config import CropsSection, StorageSection
 from streamswav.crops import Crops, MultiCrop
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest, list_manifest
-from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import Store

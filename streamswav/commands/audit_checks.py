@@ -12,7 +12,7 @@ from streamswav.commands.audited import AuditedRun
 from streamswav.commands.run_folder import LEFT_FILE
 from streamswav.errors import NotFoundError
 from streamswav.stream.outcomes import LOST_REASONS, OUTCOMES, Tally, tally_one
-from streamswav.stream.plan import Piece
+from streamswav.stream.pieces import Piece
 from streamswav.stream.store import join
 
 PASSED_OVER = tuple(outcome for outcome in OUTCOMES if outcome != "trained")

@@ -19,7 +19,7 @@ from streamswav.stream.account import Claims, Part, begun_parts, by_part, holds
 from streamswav.stream.listed import SideLists
 from streamswav.stream.manifest import Manifest, Shard, list_manifest
 from streamswav.stream.outcomes import OUTCOMES, PassedOver
-from streamswav.stream.plan import Piece
+from streamswav.stream.pieces import Piece
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint

@@ -27,8 +27,8 @@ from streamswav.defaults import Facts, known, resolve, run_samples
 from streamswav.drain import Drain
 from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
 from streamswav.models import build_trunk
+from streamswav.stream.grid import Grid, fit_grid
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.plan import Grid, fit_grid
 from streamswav.stream.position import Position
 from streamswav.stream.select import Selection
 from streamswav.stream.store import Store, join, redact

@@ -10,8 +10,8 @@ import yaml
 
 from streamswav.config import Config, parse_config
 from streamswav.errors import PositionError
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest, Shard, list_manifest
-from streamswav.stream.plan import Grid
 from streamswav.stream.redaction import newest_version
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.metrics import Metrics

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamswav.stream.manifest import Manifest, Shard
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver, Tally, tally_one
-from streamswav.stream.plan import Piece
+from streamswav.stream.pieces import Piece
 from streamswav.stream.position import Position
 from streamswav.stream.samples import OpenPiece
 from streamswav.stream.tar import Damage, TarSample

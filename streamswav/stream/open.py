@@ -14,9 +14,9 @@ from PIL import Image
 
 from streamswav.config import StorageSection, StreamSection
 from streamswav.errors import ConfigError, DecodeError, PositionError
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.outcomes import PassedOver, Tally, sample_digest
-from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader, Sample, pass_over

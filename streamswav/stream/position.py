@@ -8,19 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from streamswav.errors import PositionError
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import LOST_REASONS, OUTCOMES, PassedOver, Tally, tally_one
-from streamswav.stream.plan import (
-    ORDER_VERSION,
-    Cursor,
-    Deal,
-    Grid,
-    Piece,
-    Plan,
-    gather_pieces,
-    make_plan,
-    remaining,
-)
+from streamswav.stream.pieces import Cursor, Piece
+from streamswav.stream.plan import ORDER_VERSION, Deal, Plan, gather_pieces, make_plan, remaining
 
 Tallies = Mapping[str, tuple[Tally, ...]]
 

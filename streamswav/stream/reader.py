@@ -14,7 +14,7 @@ from streamswav.config import LoaderSection, StorageSection, StreamSection
 from streamswav.errors import ChangedError, NotFoundError
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.memory import Answer, Shelf, share_memory
-from streamswav.stream.plan import Piece
+from streamswav.stream.pieces import Piece
 from streamswav.stream.redaction import newest_version
 from streamswav.stream.store import Store
 from streamswav.stream.tar import Damage, TarSample, read_samples

@@ -9,7 +9,8 @@ from functools import partial
 
 from streamswav.stream.memory import Answer, Shelf
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver
-from streamswav.stream.plan import Cursor, Piece, Plan
+from streamswav.stream.pieces import Cursor, Piece
+from streamswav.stream.plan import Plan
 from streamswav.stream.tar import Damage, TarSample, label_of
 
 NAMED_SAMPLES = 64

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
-from streamswav.stream.plan import Piece
+from streamswav.stream.pieces import Piece
 from streamswav.stream.tar import Damage, TarSample
 
 SMALL_BYTES = 32 << 10

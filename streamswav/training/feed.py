@@ -15,20 +15,13 @@ from typing import TypeVar
 
 from streamswav.crops import MultiCrop
 from streamswav.errors import ManifestError
-from streamswav.loader import Batch, Exhausted, Failed, Item, LaneBatches, open_loader, run_errand
+from streamswav.loader import Batch, Exhausted, Item, LaneBatches
+from streamswav.processes import Failed, open_loader, run_errand
+from streamswav.stream.grid import check_grid
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import PassedOver, Tally
-from streamswav.stream.plan import (
-    Cursor,
-    Deal,
-    Piece,
-    Plan,
-    bytes_left,
-    check_grid,
-    gather_pieces,
-    remaining,
-    without,
-)
+from streamswav.stream.pieces import Cursor, Piece
+from streamswav.stream.plan import Deal, Plan, bytes_left, gather_pieces, remaining, without
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import name_samples
@@ -50,16 +43,12 @@ class FeedSettings:
     Attributes:
         workers: loader processes a rank.
         prefetch: batches ahead, a worker.
-        skip_ratio: share of samples that may be quarantined.
-        skip_probation: samples before the share is looked at.
-        shard_ratio: share of the manifest's bytes in shards that may be missing or changed.
+        budgets: of what may be passed over.
     """
 
     workers: int
     prefetch: int
-    skip_ratio: float
-    skip_probation: int
-    shard_ratio: float = 0.001
+    budgets: Budgets
 
 
 @dataclass(frozen=True)
@@ -240,9 +229,7 @@ class Feed:
         return replace(item, quarantined=bad, sample_bytes=sample_bytes), ()
 
     def _check_budget(self, found: Sequence[PassedOver]) -> None:
-        settings = self._settings
-        budgets = Budgets(settings.skip_ratio, settings.skip_probation, settings.shard_ratio)
-        budgets.check(
+        self._settings.budgets.check(
             self.position,
             found,
             trained=self.trained,

@@ -7,12 +7,13 @@ from functools import partial
 from streamswav.config import Config
 from streamswav.crops import MultiCrop, image_size
 from streamswav.defaults import known
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.select import Selection, load_selection
 from streamswav.stream.store import Store
+from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, FeedSettings, Hooks
 from streamswav.training.growth import Growth
@@ -60,9 +61,7 @@ def build_feed(
         settings=FeedSettings(
             workers=workers,
             prefetch=loader.prefetch,
-            skip_ratio=stream.skip_ratio,
-            skip_probation=stream.skip_probation,
-            shard_ratio=stream.shard_ratio,
+            budgets=Budgets(stream.skip_ratio, stream.skip_probation, stream.shard_ratio),
         ),
         reader=build_reader(config, manifest, lanes=lanes),
         crop=crop or MultiCrop(config.crops, seed=stream.seed),

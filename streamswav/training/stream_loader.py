@@ -24,9 +24,9 @@ from streamswav.crops import MultiCrop
 from streamswav.defaults import Facts, known, resolve
 from streamswav.errors import ConfigError, PositionError
 from streamswav.loader import Batch
+from streamswav.stream.grid import Grid, fit_grid
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.open import Urls, passes_of, read_position, url_list
-from streamswav.stream.plan import Grid, fit_grid
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store
 from streamswav.training.distributed import Ranks

@@ -14,9 +14,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from streamswav.config import StorageSection
 from streamswav.crops import centre_crop, normalise
 from streamswav.errors import DataError, DecodeError, NonFiniteError, StreamswavError
-from streamswav.loader import Failed, open_loader
+from streamswav.processes import Failed, open_loader
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest, list_manifest
-from streamswav.stream.plan import Grid, Piece, Plan, deal, split_pieces
+from streamswav.stream.pieces import Piece
+from streamswav.stream.plan import Plan, deal, split_pieces
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.redaction import is_tombstone
 from streamswav.stream.samples import LaneReader, Sample

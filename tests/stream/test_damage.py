@@ -14,11 +14,12 @@ from runs import arguments, free_port, newest, run, scrape_text, start, values_o
 from streamswav.config import CropsSection, StorageSection
 from streamswav.crops import MultiCrop
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, ManifestError
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import list_manifest
-from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import Store
+from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, FeedSettings
 
@@ -164,7 +165,7 @@ def make_feed(folder, grid, *, passes=2, skip_ratio=1.0):
     return Feed(
         manifest,
         Position(manifest.digest, grid, 3, (passes,)),
-        settings=FeedSettings(workers=0, prefetch=1, skip_ratio=skip_ratio, skip_probation=0),
+        settings=FeedSettings(workers=0, prefetch=1, budgets=Budgets(skip_ratio, 0, 0.001)),
         reader=ShardReader(manifest, storage, read_ahead=1),
         crop=MultiCrop(section, seed=3),
         ranks=Ranks(),

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from simulated import Simulation, make_tar, manifest_of
 
 from streamswav.errors import PositionError
-from streamswav.stream.plan import Deal, Grid, Piece, fit_grid, gather_pieces
+from streamswav.stream.grid import Grid, fit_grid
+from streamswav.stream.pieces import Piece
+from streamswav.stream.plan import Deal, gather_pieces
 from streamswav.stream.position import Position
 
 TOPOLOGIES = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 3)]

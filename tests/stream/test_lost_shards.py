@@ -8,12 +8,13 @@ from runs import arguments, newest, run
 from streamswav.config import CropsSection, StorageSection
 from streamswav.crops import MultiCrop
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, BudgetSpentError
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.outcomes import LOST_REASONS
-from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position, lost_bytes
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import Store
+from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, FeedSettings
 
@@ -43,7 +44,7 @@ def make_feed(shards, *, shard_ratio):
     return Feed(
         manifest,
         Position(manifest.digest, GRID, 0),
-        settings=FeedSettings(0, 1, skip_ratio=0.01, skip_probation=0, shard_ratio=shard_ratio),
+        settings=FeedSettings(0, 1, Budgets(0.01, 0, shard_ratio)),
         reader=ShardReader(manifest, storage, read_ahead=1),
         crop=MultiCrop(CropsSection(sizes=[8], counts=[2], scales=[(0.3, 1.0)]), seed=0),
         ranks=Ranks(),

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from streamswav.config import CropsSection, StorageSection
 from streamswav.crops import MultiCrop
 from streamswav.errors import ConfigError
-from streamswav.loader import Failed, LaneBatches
+from streamswav.loader import LaneBatches
+from streamswav.processes import Failed
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.memory import share_memory
-from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader, name_samples

@@ -8,7 +8,7 @@ from conftest import encode_image
 
 from streamswav.errors import ConfigError, ManifestError, PositionError
 from streamswav.stream import Position, open_stream
-from streamswav.stream.plan import Grid
+from streamswav.stream.grid import Grid
 
 
 def identities(stream):

@@ -41,8 +41,8 @@ from streamswav.commands import pretrain
 from streamswav.config import StorageSection
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE
 from streamswav.models import build_trunk
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import list_manifest
-from streamswav.stream.plan import Grid
 from streamswav.stream.position import Position, lost_bytes
 from streamswav.stream.store import Store
 from streamswav.telemetry.metrics import Metrics

@@ -10,9 +10,11 @@ from streamswav.config import CropsSection, StorageSection
 from streamswav.crops import MultiCrop
 from streamswav.errors import UnavailableError
 from streamswav.loader import LaneBatches
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.outcomes import PassedOver
-from streamswav.stream.plan import Cursor, Grid, Piece, Plan
+from streamswav.stream.pieces import Cursor, Piece
+from streamswav.stream.plan import Plan
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamswav.config import StorageSection
+from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.outcomes import PassedOver
-from streamswav.stream.plan import Grid, Piece, Plan
+from streamswav.stream.pieces import Piece
+from streamswav.stream.plan import Plan
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader
 from streamswav.stream.store import Store

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from simulated import Simulation, make_tar, manifest_of
 
 from streamswav.stream.account import LEFT, Claims, Range, account_for, begun_parts, by_part, list_left
+from streamswav.stream.grid import Grid
 from streamswav.stream.listed import SideLists
 from streamswav.stream.outcomes import PassedOver, Tally, sample_digest, tally_one
-from streamswav.stream.plan import Grid, Piece
+from streamswav.stream.pieces import Piece
 from streamswav.stream.tar import Damage, read_samples
 
 DIVIDING = [(1, 1), (1, 2), (2, 1), (2, 3), (4, 2)]

@@ -5,7 +5,7 @@ import torch
 
 from streamswav.config import CheckpointSection, Config, dump_config, parse_config
 from streamswav.errors import CheckpointError
-from streamswav.stream.plan import Grid
+from streamswav.stream.grid import Grid
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store
 from streamswav.swav import FeatureQueue
