@@ -225,7 +225,7 @@ def test_listing_and_asking_for_a_size_meet_the_same_faults(
 def test_everything_at_once_and_every_byte_comes_once(
     proxy: FaultProxy, reader: Callable[..., Reader]
 ) -> None:
-    one = reader(timeout_seconds=0.5)
+    one = reader(timeout_seconds=0.5, deadline_seconds=120)
     proxy.rates = Rates(reset=0.1, truncate=0.1, stall=0.02, slowdown=0.02, error=0.05)
     size = len(DATA) // 40
     with ThreadPoolExecutor(8) as pool:
