@@ -68,6 +68,8 @@ def test_new_shards_are_trained_and_the_run_waits_drains_and_ends(bucket, tmp_pa
     assert [shard.key for shard in manifest.shards[-1:]] == ["shard-000004.tar"]
     assert sum(manifest.parts) == 5
     assert read_position(directory).manifest == manifest.digest
+    audited = run(["audit", str(directory), "--recount"], tmp_path / "audit")
+    assert audited.code == EXIT_DONE, audited.out
 
 
 def test_a_run_that_is_killed_after_it_grew_goes_on_with_what_joined(bucket, tmp_path):

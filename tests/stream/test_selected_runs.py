@@ -153,6 +153,8 @@ def test_each_url_has_its_passes_and_its_own_account(make_shards, tmp_path):
     assert by_source[urls[0]] > 44 - 16
     assert by_source[urls[1]] > 3 * 13 - 16
     assert stream["passes"] == [1, 3]
+    audited = run_audit(tmp_path / "run", tmp_path / "audit")
+    assert audited.code == EXIT_DONE, audited.out
 
 
 def test_metrics_tell_what_was_left_out(shards, tmp_path):
