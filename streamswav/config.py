@@ -43,6 +43,7 @@ def _list_one(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+_RENAMED = {"loader.memory": "stream.memory"}
 _EXACT = 1 << 53  # up to here a float is every whole number
 _Whole = BeforeValidator(_read_whole)
 PositiveInt = Annotated[int, Field(gt=0), _Whole]
@@ -430,6 +431,8 @@ def _explain(error: ValidationError) -> ConfigError:
 
 def _nearest(key: str) -> str | None:
     """The valid key that is closest: by the whole name first, then by the last part alone."""
+    if key in _RENAMED:
+        return _RENAMED[key]
     known = [*keys(), *Config.model_fields]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if close:

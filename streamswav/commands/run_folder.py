@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import yaml
 
 from streamswav.config import Config, parse_config
-from streamswav.errors import PositionError
+from streamswav.errors import ConfigError, PositionError
 from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest, Shard, list_manifest
 from streamswav.stream.redaction import newest_version
@@ -96,7 +96,13 @@ def read_begun(config: Config, store: Store) -> Config | None:
     place = join(config.run.directory, "config.yaml")
     if not checkpoints_of(config, store).begun() or not store.exists(place):
         return None
-    return parse_config(yaml.safe_load(store.read(place)))
+    try:
+        return parse_config(yaml.safe_load(store.read(place)))
+    except ConfigError as error:
+        raise PositionError(
+            f"{redact(place)} was written by another version ({error}): finish the run with that one, or choose "
+            "another run.directory"
+        ) from None
 
 
 def checkpoints_of(

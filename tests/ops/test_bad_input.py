@@ -105,6 +105,11 @@ def test_a_run_of_something_else(given, make_shards, tmp_path):
     check("training.batch", "16", "8", training={"batch": 8})
     check("stream.window", "8", "9", stream={"window": 9})
     check("stream.seed", "0", "1", stream={"seed": 1})
+    config = tmp_path / "run" / "config.yaml"
+    written = config.read_text()
+    config.write_text(written.replace("stream:\n", "stream:\n  flavour: 1\n", 1))
+    check("written by another version (stream.flavour = 1")
+    config.write_text(written)
     for file in (tmp_path / "run" / "checkpoints").rglob("model.pt"):
         file.unlink()
     again = run(given(), tmp_path / "damaged")

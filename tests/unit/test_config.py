@@ -82,6 +82,7 @@ def test_no_other_number_is_taken_for_a_whole_one(text):
         (["--training.batch", "64", "--stream.columns", "5"], ["stream.columns", "5", "64"]),
         (["--crops.counts", "[2]"], ["crops.counts", "[2]", "2 crops.sizes"]),
         (["--swav.assigned_crops", "[0,9]"], ["swav.assigned_crops", "[0, 9]", "8 crops"]),
+        (["--loader.memory", "1000"], ["loader.memory", "did you mean stream.memory?"]),
         (["--stream.passes", "[1, 2]", "--stream.urls", "a"], ["stream.passes", "each of the 1 stream.urls"]),
         (["--stream.follow", "true", "--stream.passes", "2"], ["stream.follow", "by once"]),
         (["--stream.follow", "true", "--optimizer.schedule", "cosine"], ["optimizer.schedule", "no end"]),
