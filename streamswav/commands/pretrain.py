@@ -229,7 +229,16 @@ def _build_trainer(
 
 def _load_selection(run: Run) -> Selection:
     """Read what is not trained; every rank does, since predicates are functions of this machine."""
-    select = build_selection(run.config, run.store)
+    held: list[Selection] = []
+
+    def load() -> str:
+        held.append(build_selection(run.config, run.store))
+        return held[0].digest
+
+    if len({*run.ranks.each(load)}) > 1:
+        reason = "the ranks read other lists: put them where all of them find the same"
+        raise ConfigError("stream.exclude", reason, value=run.config.stream.exclude)
+    (select,) = held
     if run.config.stream.exclude or run.config.stream.where:
         run.reporter.event(
             "selection",

@@ -50,7 +50,8 @@ def freeze_manifest(config: Config, store: Store, reporter: Reporter, *, begun: 
     frozen = Manifest.from_json(json.loads(store.read(place)))
     there = {shard.key: shard for shard in listed.shards}
     lost = [(shard, reason) for shard in frozen.shards if (reason := _differs(shard, there, store))]
-    _refuse_lost(lost, frozen, config, place)
+    if not config.stream.follow:  # there shards expire; what was left of them is found out by reading
+        _refuse_lost(lost, frozen, config, place)
     for shard, reason in lost[:_SHOWN]:
         reporter.event("warning", f"{shard.key} {reason}: what is left of it is quarantined")
     known = {shard.key for shard in frozen.shards}
@@ -100,8 +101,8 @@ def read_begun(config: Config, store: Store) -> Config | None:
         return parse_config(yaml.safe_load(store.read(place)))
     except ConfigError as error:
         raise PositionError(
-            f"{redact(place)} was written by another version ({error}): finish the run with that one, or choose "
-            "another run.directory"
+            f"{redact(place)} was written by another version ({error}): finish the run with that one, or "
+            "choose another run.directory"
         ) from None
 
 

@@ -182,7 +182,7 @@ def list_manifest(urls: Sequence[str], store: Store) -> Manifest:
     for one, other in itertools.pairwise(shards):
         if one.key == other.key:
             raise ManifestError(f"{redact(one.url)}: named twice by stream.urls; make the patterns disjoint")
-    return Manifest(tuple(shards), _count_samples(shards, len(urls), store))
+    return Manifest(tuple(shards), count_samples(shards, len(urls), store))
 
 
 def _key(shard: Shard) -> str:
@@ -243,7 +243,7 @@ def _common_root(folders: Sequence[str]) -> str:
     return root.rstrip("/") + "/" if root else ""
 
 
-def _count_samples(shards: Sequence[Shard], sources: int, store: Store) -> tuple[int | None, ...]:
+def count_samples(shards: Sequence[Shard], sources: int, store: Store) -> tuple[int | None, ...]:
     """Add up the producers' counts by source; None for one whose shards they do not all cover."""
     counts = _counts_by_folder(shards, store)
     if shards and counts[0] is None and _count_beside(shards[0], store) is not None:

@@ -76,6 +76,7 @@ class ShardReader:
 
     def __reduce__(self) -> tuple[Callable[..., ShardReader], tuple[object, ...]]:
         limits = {"read_ahead": self._read_ahead, "requests": self._requests, "memory": self._memory}
+        limits |= {"lanes": self._lanes, "window": self._window}
         return _make_reader, (self.manifest, self._storage, limits)
 
     def digest(self, shard: int) -> int:
@@ -95,6 +96,7 @@ class ShardReader:
         Raises:
             ConfigError: the memory does not do for so many lanes and windows of so many samples.
         """
+        self._lanes, self._window = lanes, window
         self._shares = share_memory(
             self._memory,
             lanes=lanes,

@@ -141,7 +141,7 @@ class LaneReader:
             StopIteration: the lane is at its end.
         """
         self.cursor = self._end
-        resumed, done = bool(self.cursor.done), set[int]()
+        done = set[int]()
         for segment, item in self._walk:
             if isinstance(item, TarSample):
                 index = len(self._window)
@@ -151,7 +151,7 @@ class LaneReader:
                 self._window[index] = (segment, self._keep(item, consumed))
                 if len(self._window) == self._plan.grid.window:
                     break
-            elif not resumed or item.reason in LOST_REASONS:
+            else:  # a window that is read again may reach further than before; who counts knows repeats
                 self._damages.append(self._quarantine(segment, item))
         if not self._window:
             raise StopIteration

@@ -18,7 +18,9 @@ class Budgets:
     Attributes:
         skip_ratio: share of samples that may be quarantined.
         skip_probation: samples before the share is looked at.
-        shard_ratio: share of the manifest's bytes in shards that may be missing or changed.
+        shard_ratio: share of the run's bytes in shards that may be missing or changed. Up to the same share,
+            a stretch that cannot be parsed weighs as one sample, so that one broken shard that comes early
+            does not end a long run.
     """
 
     skip_ratio: float
@@ -32,7 +34,7 @@ class Budgets:
         *,
         trained: int,
         trained_bytes: int,
-        manifest_bytes: int,
+        run_bytes: int,
         evidence: Callable[[Sequence[PassedOver]], str],
     ) -> None:
         """Hold what was quarantined before, and what is found now, to the budgets.
@@ -42,7 +44,7 @@ class Budgets:
             found: passed over now; what the position knows does not count again.
             trained: samples so far.
             trained_bytes: theirs, from which follows how many samples a damage stands for.
-            manifest_bytes: of all shards.
+            run_bytes: of the shards of all passes.
             evidence: describes the latest of it.
 
         Raises:
@@ -50,8 +52,10 @@ class Budgets:
         """
         fresh = [each for each in position.unknown(found) if each.outcome == "quarantined"]
         if any(each.reason in LOST_REASONS for each in fresh):
-            self._check_lost(position, fresh, manifest_bytes, evidence)
-        mean = trained_bytes / trained if trained else math.inf
+            self._check_lost(position, fresh, run_bytes, evidence)
+        damages = [*position.damages, *(each for each in fresh if each.ordinal is None)]
+        few = sum(each.stop - each.start for each in damages) <= self.shard_ratio * run_bytes
+        mean = math.inf if few or not trained else trained_bytes / trained
         skipped = position.total("quarantined").samples
         skipped += sum(_weigh(each, mean) for each in (*position.damages, *fresh))
         seen = trained + skipped
@@ -65,13 +69,13 @@ class Budgets:
         self,
         position: Position,
         fresh: Sequence[PassedOver],
-        manifest_bytes: int,
+        run_bytes: int,
         evidence: Callable[[Sequence[PassedOver]], str],
     ) -> None:
         lost = lost_bytes([*position.damages, *fresh])
-        if lost > self.shard_ratio * manifest_bytes:
+        if lost > self.shard_ratio * run_bytes:
             raise BudgetSpentError(
-                f"{lost:,} bytes of {manifest_bytes:,} are in shards that are gone or were changed, more "
+                f"{lost:,} bytes of {run_bytes:,} are in shards that are gone or were changed, more "
                 f"than stream.shard_ratio = {self.shard_ratio} allows; the latest: {evidence(fresh)}; bring "
                 "them back and start again, or raise it"
             )

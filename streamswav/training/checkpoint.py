@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import posixpath
 from collections.abc import Callable, Collection, Mapping
@@ -76,8 +77,9 @@ class CheckpointFolder:
             StorageError: it could not be written; older checkpoints are untouched.
         """
         name = f"step-{step:09d}"
-        if self._store.exists(join(self.url, name, _LIST)):
-            name += ".2"
+        again = itertools.count(2)
+        while self._store.exists(join(self.url, name, _LIST)):
+            name = f"step-{step:09d}.{next(again)}"
         folder = join(self.url, name)
         for file, data in files.items():
             self._store.write(join(folder, file), data)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,20 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def each(self, work: Callable[[], Plain]) -> list[Plain]:
+        """Let every rank do something of its own; all return all answers, or raise the first error."""
+        answer: Plain | None = None
+        error: StreamswavError | None = None
+        try:
+            answer = work()
+        except StreamswavError as raised:
+            error = raised
+        results = self.gather((answer, error))
+        for _, found in results:
+            if found is not None:
+                raise found
+        return [cast("Plain", each) for each, _ in results]
 
     def lead(self, work: Callable[[], Plain]) -> Plain:
         """Let rank 0 do something once for all; every rank returns its answer, or raises its error."""

@@ -19,7 +19,7 @@ from streamswav.loader import Batch, Exhausted, Item, LaneBatches
 from streamswav.processes import Failed, open_loader, run_errand
 from streamswav.stream.grid import check_grid
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import PassedOver, Tally
+from streamswav.stream.outcomes import LOST_REASONS, OUTCOMES, PassedOver, Tally
 from streamswav.stream.pieces import Cursor, Piece
 from streamswav.stream.plan import Deal, Plan, bytes_left, gather_pieces, remaining, without
 from streamswav.stream.position import Position
@@ -32,6 +32,7 @@ from streamswav.training.distributed import Ranks
 from streamswav.training.growth import Growth
 
 _LOOK_UP_SECONDS = 0.5
+MOST_BARREN = 20
 
 Answer = TypeVar("Answer")
 
@@ -110,6 +111,8 @@ class Feed:
         self._passed: list[PassedOver] = []
         self._sample_bytes = 0
         self._batches = 0
+        self._on_probation = True
+        self._barren = 0
         self.drained = False
         self.save_agreed = self.log_agreed = False
         self.unwritten: list[PassedOver] = []
@@ -221,8 +224,11 @@ class Feed:
         # Where the batch cannot be filled, those that hold their share will read it again.
         counted = () if exhausted and not isinstance(item, Exhausted) else found
         bad = tuple(each for share in self._ranks.gather(counted) for each in share) if skipped else ()
-        if skipped or self.skipped:
+        # Nothing found spends no budget, but the end of the probation may find it spent.
+        on_probation = self.trained < self._settings.budgets.skip_probation
+        if skipped or (self._on_probation and not on_probation):
             self._check_budget(bad)
+        self._on_probation = on_probation
         if exhausted:
             return None, bad
         assert isinstance(item, Batch)
@@ -234,7 +240,7 @@ class Feed:
             found,
             trained=self.trained,
             trained_bytes=self.committed_bytes,
-            manifest_bytes=self.manifest.size,
+            run_bytes=self.manifest.total_bytes(self.position.passes),
             evidence=self._evidence,
         )
 
@@ -262,16 +268,19 @@ class Feed:
 
     def _deal_again(self, plan: Plan, gone: Sequence[PassedOver]) -> None:
         """Deal what is left of the pass, and what came since, into a new generation, or end the pass."""
-        progressed = self._batches > 0 or self.position.batches > 0
+        given = self._batches > 0 or self.position.batches > 0
         self.synchronise()
         left = without(remaining(plan, self.position.cursors), gone)
         new = self._take_new()
-        many = progressed and self._estimate(left) > 2 * plan.grid.batch * plan.grid.rows
+        # What is passed over is progress as well; only so often, as every deal starts the loader again.
+        self._barren = 0 if given else self._barren + 1
+        progressed = given or (self._barren <= MOST_BARREN and any(each.ordinal is not None for each in gone))
+        many = progressed and self._estimate(left, gone) > 2 * plan.grid.batch * plan.grid.rows
         if new or many:
             self._record(gone)
             self._enter(gather_pieces([*left, *new], turn=plan.turn))
             return
-        named = self._name(left)
+        named = self._name(self._without_lost(left, gone))
         if named is None:  # a drain: the position stays where it was, and what is gone will be met again
             return
         self._record(gone)
@@ -319,11 +328,15 @@ class Feed:
                 return
             time.sleep(_LOOK_UP_SECONDS)
 
-    def _estimate(self, left: Sequence[Piece]) -> float:
-        """Samples in the pieces, from the mean size of those trained so far."""
-        mean = self.position.trained_bytes / max(1, self.position.trained)
-        total = sum(bytes_left(piece, self._sizes) for piece in left)
-        return total / mean if mean else 0.0
+    def _estimate(self, left: Sequence[Piece], gone: Sequence[PassedOver]) -> float:
+        """Samples in the pieces, from the mean size of those met so far."""
+        seen = sum((self.position.total(outcome) for outcome in OUTCOMES), Tally())
+        passed = [each for each in gone if each.ordinal is not None]
+        samples = seen.samples + len(passed)
+        mean = (seen.bytes + sum(each.stop - each.start for each in passed)) / max(1, samples)
+        named = [piece for piece in left if piece.named() is not None]
+        total = sum(bytes_left(piece, self._sizes) for piece in left if piece.named() is None)
+        return _count(named) + (total / mean if mean else 0.0)
 
     def _name(self, left: Sequence[Piece]) -> list[Piece] | None:
         """Have what is left scanned, for all ranks; None where a drain is asked for meanwhile."""
@@ -336,6 +349,12 @@ class Feed:
         self._record(passed)
         return named
 
+    def _without_lost(self, left: Sequence[Piece], gone: Sequence[PassedOver]) -> list[Piece]:
+        """Leave out pieces that name samples of a lost shard: nobody can read them any more."""
+        met = (*self.position.damages, *gone)
+        lost = {(each.shard, each.turn) for each in met if each.reason in LOST_REASONS}
+        return [each for each in left if each.named() is None or (each.shard, each.turn) not in lost]
+
     def _run_errand(self, work: Callable[[], Answer]) -> Answer | None:
         """Have rank 0 see to it, for all ranks; None where a drain is asked for meanwhile."""
         workers, drain = self._settings.workers, self._hooks.drain
@@ -345,6 +364,8 @@ class Feed:
 
     def _record(self, found: Sequence[PassedOver]) -> None:
         """Keep account of what was passed over; a damage that is met again counts once."""
+        if not found:
+            return
         fresh = self.position.unknown(found)
         self.position = self.position.record(fresh, self.manifest)
         self.unwritten += fresh

@@ -6,7 +6,8 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
-from streamswav.stream.manifest import Manifest, Shard, list_manifest
+from streamswav.errors import ManifestError
+from streamswav.stream.manifest import Manifest, Shard, count_samples, list_manifest
 from streamswav.stream.store import Store
 
 Grown = tuple[Sequence[Shard], Sequence[int | None]]
@@ -54,18 +55,31 @@ class Growth:
         """
         if self._clock() - self._listed_at < self._seconds:
             return None
-        listed = list_manifest(self._urls, self._store)
+        listed = self._list()
         self._listed_at = self._clock()
         known = {shard.key for shard in self._manifest.shards}
-        found = [shard for shard in listed.shards if shard.key not in known]
+        found = [shard for shard in listed if shard.key not in known]
         whole = [each for each in found if _appears_whole(each) or self._begun.get(each.key) == each.version]
         self._begun = {shard.key: shard.version for shard in found}
         if not whole:
             return None
-        self._manifest = self._manifest.grown(whole, listed.counts)
+        counts = self._counts_with(whole)
+        self._manifest = self._manifest.grown(whole, counts)
         self._store.write(self._place, json.dumps(self._manifest.to_json()).encode())
         self._on_found(len(whole))
-        return whole, listed.counts
+        return whole, counts
+
+    def _list(self) -> Sequence[Shard]:
+        try:
+            return list_manifest(self._urls, self._store).shards
+        except ManifestError:  # a bucket whose old shards expire may be empty for a while
+            return ()
+
+    def _counts_with(self, new: Sequence[Shard]) -> list[int | None]:
+        before = self._manifest.counts
+        joined = count_samples(new, len(before), self._store)
+        pairs = zip(before, joined, strict=True)
+        return [None if old is None or more is None else old + more for old, more in pairs]
 
     def given_up(self, waited: float) -> bool:
         """Tell whether so many seconds without anything new are too many."""

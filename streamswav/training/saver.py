@@ -147,9 +147,15 @@ class Saver:
         url = self._ranks.lead(choose)
         if url is None:
             return None
-        # Rank 0 has read it; the others fetch it from where it lies, not through rank 0.
-        checkpoint, files = found[0] if found else read_checkpoint(url, self._store)
-        refuse_other_model(checkpoint, describe_model(self._config))
+
+        def fetch() -> None:
+            """Rank 0 has read it; the others fetch it from where it lies, not through rank 0."""
+            if not found:
+                found.append(read_checkpoint(url, self._store))
+            refuse_other_model(found[0][0], describe_model(self._config))
+
+        self._ranks.each(fetch)
+        ((checkpoint, files),) = found
         run = json.loads(files["run.json"])
         position = Position.from_json(json.loads(files["position.json"]))
         self.last, self._saved_images = checkpoint, checkpoint.images
@@ -215,8 +221,9 @@ def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int)
 
 def without_secrets(config: Config) -> Config:
     """Return the configuration as it may lie in the run's folder: signed URLs without their queries."""
-    urls = [redact(url) for url in config.stream.urls]
-    return config.model_copy(update={"stream": config.stream.model_copy(update={"urls": urls})})
+    stream = config.stream
+    update = {"urls": list(map(redact, stream.urls)), "exclude": list(map(redact, stream.exclude))}
+    return config.model_copy(update={"stream": stream.model_copy(update=update)})
 
 
 def describe_model(config: Config) -> dict[str, Any]:

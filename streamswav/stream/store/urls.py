@@ -43,6 +43,8 @@ def scheme_of(url: str) -> str:
 
 def redact(url: str) -> str:
     """Return the URL fit for a log: without user, password, query string and fragment."""
+    if url.startswith("@"):  # a list of URLs
+        return "@" + redact(url[1:])
     if url.partition("://")[0] not in (*HTTP, "s3"):
         return url
     return _QUERY.sub("", _USER.sub("", url))
