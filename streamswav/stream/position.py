@@ -10,7 +10,7 @@ from typing import Any
 from streamswav.errors import PositionError
 from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import LOST_REASONS, OUTCOMES, PassedOver, Tally, tally_one
+from streamswav.stream.outcomes import LOST_REASONS, PassedOver, Tally, tally_one
 from streamswav.stream.pieces import Cursor, Piece
 from streamswav.stream.plan import ORDER_VERSION, Deal, Plan, gather_pieces, make_plan, remaining
 
@@ -134,15 +134,16 @@ class Position:
 
     def record(self, fresh: Sequence[PassedOver], manifest: Manifest) -> Position:
         """Return the position with what was passed over, all of it new."""
+        position = self.add(*tally_passed(fresh, manifest))
+        damages = tuple(each for each in fresh if each.ordinal is None)
+        return replace(position, damages=(*self.damages, *damages)) if damages else position
+
+    def add(self, tallies: Mapping[str, Mapping[int, Tally]], reasons: Mapping[str, int]) -> Position:
+        """Return the position with samples passed over: tallies by outcome and source, numbers by reason."""
         position = self
-        for outcome in OUTCOMES:
-            samples = [each for each in fresh if each.ordinal is not None and each.outcome == outcome]
-            if samples:
-                position = position.count(outcome, (_tally(each, manifest) for each in samples))
-        reasons = Counter(position.reasons)
-        reasons.update(each.reason for each in fresh if each.ordinal is not None)
-        damages = (each for each in fresh if each.ordinal is None)
-        return replace(position, reasons=dict(reasons), damages=(*self.damages, *damages))
+        for outcome, by_source in tallies.items():
+            position = position.count(outcome, by_source.items())
+        return replace(position, reasons=dict(Counter(position.reasons) + Counter(reasons)))
 
     def deal_again(self, dealt: Deal, *, manifest: str | None = None, grid: Grid | None = None) -> Position:
         """Return the position at the start of a new generation of this pass."""
@@ -246,11 +247,19 @@ def lost_bytes(found: Iterable[PassedOver]) -> int:
     return sum(stop - start for start, stop in spans.values())
 
 
-def _tally(each: PassedOver, manifest: Manifest) -> tuple[int, Tally]:
-    """Source and tally of one sample."""
-    assert each.ordinal is not None
-    shard = manifest.shards[each.shard]
-    return shard.source, tally_one(shard.digest, each.turn, each.ordinal, each.start, each.stop)
+def tally_passed(
+    found: Iterable[PassedOver], manifest: Manifest
+) -> tuple[dict[str, dict[int, Tally]], Counter[str]]:
+    """Return the samples among what was passed over: tallies by outcome and source, numbers by reason."""
+    tallies: dict[str, dict[int, Tally]] = {}
+    reasons: Counter[str] = Counter()
+    for each in found:
+        if each.ordinal is not None:
+            shard, by_source = manifest.shards[each.shard], tallies.setdefault(each.outcome, {})
+            one = tally_one(shard.digest, each.turn, each.ordinal, each.start, each.stop)
+            by_source[shard.source] = by_source.get(shard.source, Tally()) + one
+            reasons[each.reason] += 1
+    return tallies, reasons
 
 
 def _place(damage: PassedOver) -> tuple[int, int, int]:

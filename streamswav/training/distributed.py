@@ -57,6 +57,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def collect(self, value: Plain) -> list[Plain]:
+        """Return every rank's value on rank 0, an empty list on the others."""
+        if self.control is None:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.leads else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
     def each(self, work: Callable[[], Plain]) -> list[Plain]:
         """Let every rank do something of its own; all return all answers, or raise the first error."""
         answer: Plain | None = None

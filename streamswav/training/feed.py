@@ -22,7 +22,7 @@ from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import LOST_REASONS, OUTCOMES, PassedOver, Tally
 from streamswav.stream.pieces import Cursor, Piece
 from streamswav.stream.plan import Deal, Plan, bytes_left, gather_pieces, remaining, without
-from streamswav.stream.position import Position
+from streamswav.stream.position import Position, tally_passed
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import name_samples
 from streamswav.stream.select import Selection
@@ -84,7 +84,8 @@ class Feed:
         drained: a rank was asked to stop; the iteration has ended early, on all ranks alike.
         save_agreed: rank 0 wishes a checkpoint after this step.
         log_agreed: rank 0 wishes a log line after this step.
-        unwritten: what was passed over since the list was emptied last; complete after `synchronise`.
+        unwritten: what was passed over since the list was emptied last; complete on rank 0, after
+            `synchronise`.
     """
 
     def __init__(
@@ -151,13 +152,20 @@ class Feed:
 
     def synchronise(self) -> Position:
         """Bring all ranks' commits together; every rank must call this after the same step."""
-        shares = self._ranks.gather((self._cursors, dict(self._tallies), self._passed))
-        cursors = {lane: cursor for own, _, _ in shares for lane, cursor in own.items()}
-        position = self.position.advance(cursors, batches=self._batches)
-        self.position = position.count("trained", (pair for _, own, _ in shares for pair in own.items()))
+        passed = tally_passed(self._passed, self.manifest)
+        shares = self._ranks.gather((self._cursors, dict(self._tallies), passed))
+        position = self.position.advance(
+            {lane: cursor for cursors, _, _ in shares for lane, cursor in cursors.items()},
+            batches=self._batches,
+        )
+        for _, trained, (tallies, reasons) in shares:
+            position = position.count("trained", trained.items()).add(tallies, reasons)
+        self.position = position
+        # A filtered stream passes over much: its list goes to rank 0 alone, which writes it.
+        for share in self._ranks.collect(self._passed):
+            self._tell(share)
         self._cursors, self._passed, self._batches, self._sample_bytes = {}, [], 0, 0
         self._tallies.clear()
-        self._record([each for _, _, own in shares for each in own])
         return self.position
 
     def _generation(self, plan: Plan) -> Generator[Batch, None, tuple[PassedOver, ...]]:
@@ -368,8 +376,11 @@ class Feed:
             return
         fresh = self.position.unknown(found)
         self.position = self.position.record(fresh, self.manifest)
-        self.unwritten += fresh
-        for each in fresh:
+        self._tell(fresh)
+
+    def _tell(self, passed: Sequence[PassedOver]) -> None:
+        self.unwritten += passed
+        for each in passed:
             self._hooks.on_passed_over(each)
 
     def _end_pass(self, left: Sequence[Piece]) -> None:
