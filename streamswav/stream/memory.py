@@ -1,7 +1,9 @@
 """One budget of memory a worker: what of it is for blocks, for windows, for samples that are read again.
 
 Order never follows from it. A sample that finds no room in its window is kept by its place alone, and its
-bytes are read again when it is given.
+bytes are read again when it is given. One that alone is larger than what is set aside for it (dozens of
+megabytes, fewer with more lanes a worker) is quarantined as too_large; where such samples are to be trained,
+give more memory, or tell them off with `stream.where` lest it depend on the number of workers.
 """
 
 from __future__ import annotations

@@ -196,7 +196,8 @@ def open_stream(
         exclude: files of keys that are not given, one a line.
         where: conditions that a sample must meet, as "json.width >= 256", or "module:function".
         storage: endpoint, region, block size, deadline.
-        memory: bytes of blocks and windows; order does not depend on it.
+        memory: bytes of blocks and windows; order does not depend on it, but a sample that is too large for
+            it is quarantined.
         position: continue after it (`Stream.position` of an earlier stream over the same shards), in its
             order; as `load_state_dict`.
         part: (i, n): every n-th shard only, from the i-th on; for n processes.
