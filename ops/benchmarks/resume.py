@@ -35,11 +35,12 @@ from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import Store
+from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, FeedSettings
 
 PLACES = (0.01, 0.5, 0.99)
-SETTINGS = FeedSettings(workers=0, prefetch=2, skip_ratio=0.0, skip_probation=0)
+SETTINGS = FeedSettings(workers=0, prefetch=2, budgets=Budgets(0.0, 0, 0.0))
 
 
 @dataclass(frozen=True)
