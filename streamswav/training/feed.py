@@ -278,20 +278,23 @@ class Feed:
         """Deal what is left of the pass, and what came since, into a new generation, or end the pass."""
         given = self._batches > 0 or self.position.batches > 0
         self.synchronise()
-        left = without(remaining(plan, self.position.cursors), gone)
+        # How far the lanes came in the batch that failed depends on the ranks. Where others were given, the
+        # order must not: samples found in it are met again. Where none was, each round has to get on.
+        told = [each for each in gone if each.ordinal is None] if given else gone
+        left = without(remaining(plan, self.position.cursors), told)
         new = self._take_new()
         # What is passed over is progress as well; only so often, as every deal starts the loader again.
         self._barren = 0 if given else self._barren + 1
         progressed = given or (self._barren <= MOST_BARREN and any(each.ordinal is not None for each in gone))
-        many = progressed and self._estimate(left, gone) > 2 * plan.grid.batch * plan.grid.rows
+        many = progressed and self._estimate(left, told) > 2 * plan.grid.batch * plan.grid.rows
         if new or many:
-            self._record(gone)
+            self._record(told)
             self._enter(gather_pieces([*left, *new], turn=plan.turn))
             return
         named = self._name(self._without_lost(left, gone))
         if named is None:  # a drain: the position stays where it was, and what is gone will be met again
             return
-        self._record(gone)
+        self._record(told)
         self._enter(Deal(pieces=tuple(named), one_by_one=True))
         if _count(named) < plan.grid.batch:
             if self._growth is None:
