@@ -64,11 +64,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Exhausted:
-    """A lane could not fill its share of batch `number`: this generation is over."""
+    """Lanes could not fill their share of a batch: this generation is over.
 
-    number: int
-    quarantined: tuple[PassedOver, ...]
-    passed: tuple[PassedOver, ...]
+    Attributes:
+        passed_over: what these lanes passed over meanwhile, to their end. What others did is left out: how
+            far they came is no fact of the plan but of the ranks.
+    """
+
+    passed_over: tuple[PassedOver, ...]
 
 
 Item = Batch | Exhausted | Failed
@@ -124,9 +127,14 @@ class LaneBatches(IterableDataset[Item]):
         share = _Share()
         lanes = [self.plan.grid.lane(number % self.plan.grid.rows, column) for column in self.columns]
         self._open_lanes(lanes)
+        exhausted, ended = False, list[PassedOver]()
         for lane in lanes:
+            before = len(share.passed_over)
             if not self._fill(share, self._lanes[lane], len(share.taken) + self.plan.grid.share):
-                return Exhausted(number, tuple(share.quarantined), tuple(share.passed))
+                exhausted = True
+                ended += share.passed_over[before:]
+        if exhausted:
+            return Exhausted(tuple(ended))
         started = time.perf_counter()
         pixels, parameters = collate(share.crops)
         now, fetching = time.perf_counter(), self.reader.fetch_seconds - fetched
@@ -141,8 +149,8 @@ class LaneBatches(IterableDataset[Item]):
             cursors={lane: self._lanes[lane].cursor for lane in lanes},
             sample_bytes=sum(sample.stop - sample.start for sample in share.taken),
             trained=self._tally(share.taken),
-            quarantined=tuple(share.quarantined),
-            passed=tuple(share.passed),
+            quarantined=tuple(each for each in share.passed_over if each.outcome == "quarantined"),
+            passed=tuple(each for each in share.passed_over if each.outcome != "quarantined"),
             seconds=seconds,
             traffic=tuple(self.reader.take_traffic()),
         )
@@ -150,31 +158,36 @@ class LaneBatches(IterableDataset[Item]):
     def _fill(self, share: _Share, reader: LaneReader, want: int) -> bool:
         """Take samples of a lane until there are `want`; False where it holds no more."""
         while len(share.taken) < want and (sample := next(reader, None)) is not None:
-            verdict = self.select.judge(sample, self.manifest.shards[sample.id.shard].key)
-            if verdict is not None:
-                share.passed.append(pass_over(sample.id, sample, *verdict))
-                self._refuse_hopeless(share.passed)
-                continue
-            started = time.perf_counter()
-            crops = self._crop(sample)
-            if isinstance(crops, PassedOver):
-                share.quarantined.append(crops)
+            tried = self._try(sample, share)
+            if isinstance(tried, PassedOver):
+                share.passed_over.append(tried)
+                self._refuse_hopeless(share.passed_over)
             else:
-                share.crops.append(crops)
+                share.crops.append(tried)
                 share.taken.append(replace(sample, members={}, image=None))
-            share.decoding += time.perf_counter() - started
-        share.quarantined += reader.take_damages()
+        share.passed_over += reader.take_damages()
         return len(share.taken) == want
+
+    def _try(self, sample: Sample, share: _Share) -> Crops | PassedOver:
+        """Return a sample's crops, or why it has none."""
+        verdict = self.select.judge(sample, self.manifest.shards[sample.id.shard].key)
+        if verdict is not None:
+            return pass_over(sample.id, sample, *verdict)
+        started = time.perf_counter()
+        try:
+            return self._crop(sample)
+        except DecodeError as error:
+            return pass_over(sample.id, sample, "quarantined", error.reason)
+        finally:
+            share.decoding += time.perf_counter() - started
 
     def sift(self) -> list[PassedOver]:
         """Return what a batch would pass over of all that the plan's only lane holds; nothing is kept."""
         self.reader.share_among(1, self.plan.grid.window)
         self._open_lanes([0])
-        lane, found = self._lanes[0], []
-        for sample in lane:
-            verdict = self.select.judge(sample, self.manifest.shards[sample.id.shard].key)
-            tried = self._crop(sample) if verdict is None else pass_over(sample.id, sample, *verdict)
-            found += [tried] if isinstance(tried, PassedOver) else []
+        lane = self._lanes[0]
+        tried = (self._try(sample, _Share()) for sample in lane)
+        found = [each for each in tried if isinstance(each, PassedOver)]
         return found + lane.take_damages()
 
     def _refuse_hopeless(self, passed: Sequence[PassedOver]) -> None:
@@ -184,7 +197,7 @@ class LaneBatches(IterableDataset[Item]):
             ConfigError: so many samples of a new run met no condition before its first batch was filled.
         """
         begun = self.first or self.plan.generation or self.plan.turn
-        if begun or len(passed) < HOPELESS or any(each.outcome != "filtered" for each in passed):
+        if begun or len(passed) != HOPELESS or any(each.outcome != "filtered" for each in passed):
             return
         reason, last = f"none of the first {len(passed):,} samples of a worker meets it", passed[-1]
         raise ConfigError("stream.where", f"{reason}; the last: {last.key} ({last.reason})")
@@ -213,14 +226,11 @@ class LaneBatches(IterableDataset[Item]):
                     self.reader.begin(piece)
             self._lanes[lane].ask(self.plan.grid.share)
 
-    def _crop(self, sample: Sample) -> Crops | PassedOver:
+    def _crop(self, sample: Sample) -> Crops:
         if sample.image is None:
-            return pass_over(sample.id, sample, "quarantined", "no_image")
+            raise DecodeError("no_image", sample.key)
         shard = self.reader.digest(sample.id.shard)
-        try:
-            return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
-        except DecodeError as error:
-            return pass_over(sample.id, sample, "quarantined", error.reason)
+        return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
 
 
 @dataclass
@@ -229,6 +239,5 @@ class _Share:
 
     taken: list[Sample] = field(default_factory=list)
     crops: list[Crops] = field(default_factory=list)
-    quarantined: list[PassedOver] = field(default_factory=list)
-    passed: list[PassedOver] = field(default_factory=list)
+    passed_over: list[PassedOver] = field(default_factory=list)
     decoding: float = 0.0

@@ -32,7 +32,6 @@ from streamswav.training.distributed import Ranks
 from streamswav.training.growth import Growth
 
 _LOOK_UP_SECONDS = 0.5
-MOST_BARREN = 20
 
 Answer = TypeVar("Answer")
 
@@ -113,7 +112,6 @@ class Feed:
         self._sample_bytes = 0
         self._batches = 0
         self._on_probation = True
-        self._barren = 0
         self.drained = False
         self.save_agreed = self.log_agreed = False
         self.unwritten: list[PassedOver] = []
@@ -172,7 +170,7 @@ class Feed:
         """Yield the batches of one plan, with bytes and quarantined samples of all ranks.
 
         Returns:
-            What was found bad, on any rank, in the batch that could not be filled.
+            What the lanes that are at their end passed over in the batch that they could not fill.
         """
         batches = LaneBatches(
             plan=plan,
@@ -204,8 +202,8 @@ class Feed:
             item: what this rank's loader gave; None: nothing yet, and a drain is asked for.
 
         Returns:
-            This rank's batch, with bytes and quarantined samples of all ranks, or None; and what was found
-            bad in the batch that could not be filled.
+            This rank's batch, with bytes and quarantined samples of all ranks, or None; and what the lanes
+            that are at their end passed over in the batch that they could not fill.
 
         Raises:
             StreamswavError: the first rank's that has one, on all ranks.
@@ -278,23 +276,19 @@ class Feed:
         """Deal what is left of the pass, and what came since, into a new generation, or end the pass."""
         given = self._batches > 0 or self.position.batches > 0
         self.synchronise()
-        # How far the lanes came in the batch that failed depends on the ranks. Where others were given, the
-        # order must not: samples found in it are met again. Where none was, each round has to get on.
-        told = [each for each in gone if each.ordinal is None] if given else gone
-        left = without(remaining(plan, self.position.cursors), told)
+        left = without(remaining(plan, self.position.cursors), gone)
         new = self._take_new()
-        # What is passed over is progress as well; only so often, as every deal starts the loader again.
-        self._barren = 0 if given else self._barren + 1
-        progressed = given or (self._barren <= MOST_BARREN and any(each.ordinal is not None for each in gone))
-        many = progressed and self._estimate(left, told) > 2 * plan.grid.batch * plan.grid.rows
+        # Much that is passed over is progress as well; for little the loader is not started again.
+        progressed = given or sum(each.ordinal is not None for each in gone) >= plan.grid.batch
+        many = progressed and self._estimate(left, gone) > 2 * plan.grid.batch * plan.grid.rows
         if new or many:
-            self._record(told)
+            self._record(gone)
             self._enter(gather_pieces([*left, *new], turn=plan.turn))
             return
         named = self._name(self._without_lost(left, gone))
         if named is None:  # a drain: the position stays where it was, and what is gone will be met again
             return
-        self._record(told)
+        self._record(gone)
         self._enter(Deal(pieces=tuple(named), one_by_one=True))
         if _count(named) < plan.grid.batch:
             if self._growth is None:
@@ -446,5 +440,5 @@ def _bad(item: Item | None) -> tuple[PassedOver, ...]:
         case Batch():
             return item.quarantined
         case Exhausted():
-            return (*item.quarantined, *item.passed)
+            return item.passed_over
     return ()

@@ -4,20 +4,23 @@ import json
 import pickle
 
 import pytest
+from conftest import encode_image
 from runs import arguments, start_ranks
 
 from streamswav.commands.audit_checks import check_counts
 from streamswav.config import CropsSection, StorageSection, parse_config
 from streamswav.crops import MultiCrop
 from streamswav.errors import EXIT_CONFIG, BudgetSpentError
+from streamswav.loader import Exhausted, LaneBatches
 from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.outcomes import PassedOver, Tally
 from streamswav.stream.pieces import Piece
-from streamswav.stream.plan import Deal
+from streamswav.stream.plan import Deal, Plan
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader, name_samples
+from streamswav.stream.select import Selection
 from streamswav.stream.store import Store
 from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
@@ -33,7 +36,7 @@ def open_manifest(folder):
     return manifest, ShardReader(manifest, storage, read_ahead=1)
 
 
-def make_feed(manifest, reader, position):
+def make_feed(manifest, reader, position, select=None):
     return Feed(
         manifest,
         position,
@@ -41,6 +44,7 @@ def make_feed(manifest, reader, position):
         reader=reader,
         crop=MultiCrop(CropsSection(sizes=[8], counts=[2], scales=[(0.3, 1.0)]), seed=3),
         ranks=Ranks(),
+        select=select,
     )
 
 
@@ -88,9 +92,9 @@ def open_manifest_reader(manifest):
 def test_a_lane_of_filtered_samples_alone_has_the_rest_dealt_again_and_not_scanned(make_shards, tmp_path):
     make_shards(tmp_path, counts=[25] * 64)
     manifest, reader = open_manifest(tmp_path)
-    feed = make_feed(manifest, reader, Position(manifest.digest, Grid(16, 16, 1, 8), 3))
     filtered = {index for index in range(64) if index % 5}
-    feed._select = OnlySome(filtered, manifest)
+    position = Position(manifest.digest, Grid(16, 16, 1, 8), 3)
+    feed = make_feed(manifest, reader, position, OnlySome(filtered, manifest))
     scans = []
     name = feed._name
     feed._name = lambda left: scans.append(feed.position.total("filtered").samples) or name(left)
@@ -109,6 +113,41 @@ class OnlySome:
 
     def judge(self, sample, shard_key):
         return ("filtered", "test") if shard_key in self.keys else None
+
+
+def test_what_a_failing_batch_found_does_not_depend_on_the_ranks(make_shards, tmp_path):
+    """Lanes of 5 to 12 samples, every third of which is broken: some cannot fill the batch, others can."""
+    broken = b"no image"
+    make_shards(
+        tmp_path, counts=range(5, 13), image=lambda number: encode_image(number) if number % 3 else broken
+    )
+    manifest, reader = open_manifest(tmp_path)
+    crop = MultiCrop(CropsSection(sizes=[8], counts=[2], scales=[(0.3, 1.0)]), seed=3)
+    lanes = tuple((Piece(shard, 0),) for shard in range(8))
+    plan = Plan(Grid(48, 8, 1, 4), 0, 0, 0, lanes)
+
+    def found(ranks):
+        passed = set()
+        for rank in range(ranks):
+            columns = range(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+            items = list(LaneBatches(plan, {}, 1, columns, manifest, reader, Selection.none(), crop))
+            passed |= set(items[0].passed_over) if isinstance(items[0], Exhausted) else set()
+        return passed
+
+    assert {each.shard for each in found(1)} == {0, 1, 2, 3}
+    assert found(1) == found(2) == found(4) == found(8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_broken_image_is_quarantined_also_where_it_would_be_left_over(make_shards, tmp_path, seed):
+    broken = b"no image"
+    make_shards(tmp_path, counts=[23], image=lambda number: encode_image(number) if number % 4 else broken)
+    manifest, reader = open_manifest(tmp_path)
+    feed = make_feed(manifest, reader, Position(manifest.digest, GRID, seed))
+    for batch in feed:
+        feed.commit(batch)
+    left = sum(len(piece.named()) for piece in feed.position.carried)
+    assert (feed.position.trained, feed.position.total("quarantined").samples, left) == (16, 6, 1)
 
 
 def test_a_reader_keeps_its_share_of_memory_when_it_goes_to_a_process(make_shards, tmp_path):
