@@ -122,7 +122,8 @@ class Position:
 
     def unknown(self, found: Sequence[PassedOver]) -> list[PassedOver]:
         """Return what is new of this; damages may be met by several readers, and again after a restart."""
-        damages = {_place(each) for each in self.damages} if found else set()
+        met = any(each.ordinal is None for each in found)
+        damages = {_place(each) for each in self.damages} if met else set()
         fresh = []
         for each in found:
             if each.ordinal is None:

@@ -118,7 +118,8 @@ class LaneReader:
     def take_damages(self) -> list[PassedOver]:
         """Return what was passed over since the last call: damages, and samples that cannot be had.
 
-        Each is met once: a damage with the window that spans it, a sample in its turn.
+        A damage is met with the window that spans it, and again where that is read again after a restart; a
+        sample is met once, in its turn.
         """
         damages, self._damages = self._damages, []
         return damages

@@ -105,7 +105,7 @@ class Feed:
         self._settings, self._reader, self._crop, self._ranks = settings, reader, crop, ranks
         self._select, self._growth = select or Selection.none(), growth
         self._hooks = hooks or Hooks()
-        self._sizes = [shard.size for shard in manifest.shards]
+        self._measure()
         self._cursors: dict[int, Cursor] = {}
         self._tallies: defaultdict[int, Tally] = defaultdict(Tally)
         self._passed: list[PassedOver] = []
@@ -246,7 +246,7 @@ class Feed:
             found,
             trained=self.trained,
             trained_bytes=self.committed_bytes,
-            run_bytes=self.manifest.total_bytes(self.position.passes),
+            run_bytes=self._run_bytes,
             evidence=self._evidence,
         )
 
@@ -306,10 +306,15 @@ class Feed:
             if grown:
                 self.manifest = self.manifest.grown(*grown)
                 self._reader.manifest = self.manifest
-                self._sizes = [shard.size for shard in self.manifest.shards]
+                self._measure()
                 self._hooks.on_grown(self.manifest)
         covered = self.position.covered(self.manifest)
         return [Piece(index, self.position.turn) for index in range(covered, len(self.manifest.shards))]
+
+    def _measure(self) -> None:
+        """Weigh the shards, once for each manifest: there may be hundreds of thousands."""
+        self._sizes = [shard.size for shard in self.manifest.shards]
+        self._run_bytes = self.manifest.total_bytes(self.position.passes)
 
     def _await_new(self, named: Sequence[Piece]) -> None:
         """Wait until there is something new, nothing came for too long, or a drain is asked for."""

@@ -73,7 +73,7 @@ class Trainer:
                 self._save()
         if feed.drained:
             monitor.draining()
-        self._log(self._pace.stride(feed.trained, feed.committed_bytes).rate)
+        self._log(self._rate)
         self._save()
         if feed.drained:
             raise DrainedError(f"drained after a signal at step {self.step}: the same command continues")
@@ -82,7 +82,7 @@ class Trainer:
         """Save before a wait for new shards that may be long; every rank is called after the same step."""
         self._monitor.waiting(idle)
         if idle and self.step:
-            self._log(self._pace.stride(self._feed.trained, self._feed.committed_bytes).rate)
+            self._log(self._rate)
             self._save()
 
     @property
@@ -110,7 +110,7 @@ class Trainer:
         The checkpoints may lie where the shards do, so storage is given little time.
         """
         if self.step:
-            self._log(self._pace.stride(self._feed.trained, self._feed.committed_bytes).rate)
+            self._log(self._rate)
             with contextlib.suppress(StorageError):
                 self._save(self._saver.hurried(RESCUE_SECONDS))
 
@@ -122,6 +122,11 @@ class Trainer:
             self._augment(pixels.to(self._device, non_blocking=True), parameters)
             for pixels, parameters in by_resolution
         ]
+
+    @property
+    def _rate(self) -> float:
+        """Learning rate of the step that would come next."""
+        return self._pace.stride(self._feed.trained, self._feed.committed_bytes).rate
 
     def _log(self, rate: float) -> None:
         images = self._feed.trained
