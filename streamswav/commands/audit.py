@@ -13,7 +13,7 @@ from pathlib import Path
 
 from streamswav.commands.audit_checks import Check, check_books, check_counts, left_by_source, read_left
 from streamswav.commands.audit_contains import tell_contains
-from streamswav.commands.audit_recount import Recounted, check_recount, minus, recount_run, recounted_left
+from streamswav.commands.audit_recount import Recounted, check_recount, recount_run, recounted_left
 from streamswav.commands.audited import AuditedRun, open_run
 from streamswav.config import Config
 from streamswav.errors import ConfigError, DataError
@@ -179,7 +179,7 @@ def _rows_of_no_sample(run: AuditedRun, recounted: Recounted | None) -> Iterator
     if lost_bytes(run.position.damages):
         yield Row("lost with their shards", "", None, lost_bytes(run.position.damages), None)
     if recounted and recounted.lost:
-        difference = minus(run.position.total("trained"), recounted.total("trained"))
+        difference = run.position.total("trained") - recounted.total("trained")
         yield _row("trained, of lost shards", difference)
     yield Row("archive ends", "", None, recounted.end_bytes if recounted else None, None)
 

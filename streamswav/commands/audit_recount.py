@@ -16,7 +16,6 @@ from streamswav.stream.manifest import Shard
 from streamswav.stream.outcomes import Tally
 from streamswav.stream.recount import Recount, Unreadable, map_tasks, recount
 
-_MODULUS = 1 << 64
 _SHOWN = 5
 
 LOST = "lost"
@@ -150,17 +149,11 @@ def recounted_left(run: AuditedRun, recounted: Recounted) -> list[int] | None:
     return [tally.samples for tally in recounted.tallies.get(LEFT, [Tally()] * len(run.position.passes))]
 
 
-def minus(one: Tally, other: Tally) -> Tally:
-    """Return what must be added to `other` to get `one`; numbers may be negative."""
-    digest = (one.digest - other.digest) % _MODULUS
-    return Tally(one.samples - other.samples, one.bytes - other.bytes, digest)
-
-
 def _check_trained(run: AuditedRun, recounted: Recounted, source: int) -> Check:
     name = f"trained, recounted{of_sources(run)[source]}"
     counted = run.position.tallies.get("trained", (Tally(),) * len(run.position.passes))[source]
     found = recounted.tallies.get("trained", [Tally()] * len(run.position.passes))[source]
-    difference, room = minus(counted, found), recounted.lost_bytes.get(source, 0)
+    difference, room = counted - found, recounted.lost_bytes.get(source, 0)
     if difference == Tally():
         return Check(name, "ok", f"{describe(counted)}, in the position and in the shards")
     if room and difference.samples > 0 and 0 < difference.bytes <= room:

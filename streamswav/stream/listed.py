@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from streamswav.stream.account import Part
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import PassedOver, Tally, tally_one
+from streamswav.stream.outcomes import PassedOver, Tally
+from streamswav.stream.position import tally_passed
 
 IsLeft = Callable[[Part, int], bool]
 
@@ -62,15 +63,13 @@ class SideLists:
 
         A sample that has several entries is one of the problems.
         """
-        tallies: dict[str, list[Tally]] = {}
-        reasons = Counter[str]()
-        for each in self._not_left(is_left):
-            shard = self._manifest.shards[each.shard]
-            by_source = tallies.setdefault(each.outcome, [Tally()] * len(self._manifest.counts))
-            assert each.ordinal is not None
-            by_source[shard.source] += tally_one(shard.digest, each.turn, each.ordinal, each.start, each.stop)
-            reasons[each.reason] += 1
-        return {outcome: tuple(by_source) for outcome, by_source in tallies.items()}, reasons
+        tallies, reasons = tally_passed(self._not_left(is_left), self._manifest)
+        sources = range(len(self._manifest.counts))
+        by_outcome = {
+            outcome: tuple(by_source.get(source, Tally()) for source in sources)
+            for outcome, by_source in tallies.items()
+        }
+        return by_outcome, reasons
 
     def _not_left(self, is_left: IsLeft) -> Iterator[PassedOver]:
         for part in self._parts:

@@ -59,6 +59,11 @@ class Tally:
         digest = (self.digest + other.digest) % _MODULUS
         return Tally(self.samples + other.samples, self.bytes + other.bytes, digest)
 
+    def __sub__(self, other: Tally) -> Tally:
+        """Return what must be added to `other` to get this; numbers may be negative."""
+        digest = (self.digest - other.digest) % _MODULUS
+        return Tally(self.samples - other.samples, self.bytes - other.bytes, digest)
+
     def to_json(self) -> list[Any]:
         """Return plain data that `from_json` reads."""
         return [self.samples, self.bytes, f"{self.digest:016x}"]
