@@ -15,11 +15,11 @@ import yaml
 from streamswav.commands.run_folder import MANIFEST_FILE
 from streamswav.config import Config, parse_config
 from streamswav.errors import CheckpointError, NotFoundError
-from streamswav.stream.account import Claims, Part, begun_parts, by_part, holds
+from streamswav.stream.account import Claims, begun_parts
 from streamswav.stream.listed import SideLists
 from streamswav.stream.manifest import Manifest, Shard, list_manifest
 from streamswav.stream.outcomes import OUTCOMES, PassedOver
-from streamswav.stream.pieces import Piece
+from streamswav.stream.pieces import Part, Piece, by_part, holds
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint

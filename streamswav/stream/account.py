@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from streamswav.stream.manifest import Manifest, Shard
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver, Tally, tally_one
-from streamswav.stream.pieces import Piece
+from streamswav.stream.pieces import Part, Piece, by_part, holds
 from streamswav.stream.position import Position
 from streamswav.stream.samples import OpenPiece
 from streamswav.stream.tar import Damage, TarSample
@@ -18,9 +18,6 @@ DAMAGED = "damaged"
 ARCHIVE_END = "archive_end"
 
 _SHOWN = 3
-
-Part = tuple[int, int]
-"""A shard (index in the manifest) in a pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +69,6 @@ def list_left(pieces: Iterable[Piece], open_piece: OpenPiece) -> Iterator[LeftSa
         unmet = {ordinal for piece in group for ordinal in piece.named() or () if ordinal > met}
         for ordinal in sorted(unmet):
             yield LeftSample(shard, turn, ordinal, None, None, "")
-
-
-def by_part(pieces: Iterable[Piece]) -> dict[Part, list[Piece]]:
-    """Return pieces by the shard and the pass that they are part of."""
-    parts: dict[Part, list[Piece]] = {}
-    for piece in pieces:
-        parts.setdefault((piece.shard, piece.turn), []).append(piece)
-    return parts
-
-
-def holds(pieces: Sequence[Piece], ordinal: int) -> bool:
-    """Tell whether one of a shard's pieces stands for the sample."""
-    return any(piece.ordinal <= ordinal and piece.wants(ordinal) for piece in pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +155,7 @@ class PartAccount:
     def _add_sample(self, sample: TarSample, shard_digest: int) -> None:
         ordinal, outcome, reason = sample.ordinal, "trained", ""
         self._ordinal = ordinal + 1
-        holders = sum(piece.ordinal <= ordinal and piece.wants(ordinal) for piece in self._left)
+        holders = sum(holds([piece], ordinal) for piece in self._left)
         passed = self._passed.pop(ordinal, None) if self._passed else None
         if holders:
             outcome = LEFT

@@ -7,9 +7,9 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from streamswav.stream.account import Part
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import PassedOver, Tally
+from streamswav.stream.pieces import Part
 from streamswav.stream.position import tally_passed
 
 IsLeft = Callable[[Part, int], bool]

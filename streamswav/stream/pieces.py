@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+Part = tuple[int, int]
+"""A shard (index in the manifest) in a pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +101,16 @@ class Cursor:
         segment, offset, ordinal, window, done = values
         bitmaps = tuple((each, int(bitmap, 16)) for each, bitmap in done)
         return Cursor(segment, offset, ordinal, window, bitmaps)
+
+
+def by_part(pieces: Iterable[Piece]) -> dict[Part, list[Piece]]:
+    """Return pieces by the shard and the pass that they are part of."""
+    parts: dict[Part, list[Piece]] = {}
+    for piece in pieces:
+        parts.setdefault((piece.shard, piece.turn), []).append(piece)
+    return parts
+
+
+def holds(pieces: Sequence[Piece], ordinal: int) -> bool:
+    """Tell whether one of a shard's pieces stands for the sample."""
+    return any(piece.ordinal <= ordinal and piece.wants(ordinal) for piece in pieces)

@@ -9,7 +9,7 @@ from functools import partial
 
 from streamswav.stream.memory import Answer, Shelf
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver
-from streamswav.stream.pieces import Cursor, Piece
+from streamswav.stream.pieces import Cursor, Piece, by_part, holds
 from streamswav.stream.plan import Plan
 from streamswav.stream.tar import Damage, TarSample, label_of
 
@@ -275,16 +275,13 @@ def name_samples(
     """
     named = [piece for piece in pieces if piece.named() is not None]
     passed: list[PassedOver] = []
-    unread: dict[tuple[int, int], list[Piece]] = {}
-    for piece in pieces:
-        if piece.named() is None:
-            unread.setdefault((piece.shard, piece.turn), []).append(piece)
+    unread = by_part(piece for piece in pieces if piece.named() is None)
     for (shard, turn), group in unread.items():
         run: list[TarSample] = []
         for item in open_piece(min(group, key=lambda piece: piece.offset)):
             if isinstance(item, Damage):
                 passed.append(PassedOver(shard, turn, item.reason, item.start, item.stop))
-            elif any(piece.ordinal <= item.ordinal and piece.wants(item.ordinal) for piece in group):
+            elif holds(group, item.ordinal):
                 verdict = ("quarantined", item.reason) if item.reason else judge(shard, item)
                 if verdict is None:
                     run.append(replace(item, members={}))

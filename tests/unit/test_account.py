@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import Simulation, make_tar, manifest_of
 
-from streamswav.stream.account import LEFT, Claims, Range, account_for, begun_parts, by_part, list_left
+from streamswav.stream.account import LEFT, Claims, Range, account_for, begun_parts, list_left
 from streamswav.stream.grid import Grid
 from streamswav.stream.listed import SideLists
 from streamswav.stream.outcomes import PassedOver, Tally, sample_digest, tally_one
-from streamswav.stream.pieces import Piece
+from streamswav.stream.pieces import Piece, by_part
 from streamswav.stream.tar import Damage, read_samples
 
 DIVIDING = [(1, 1), (1, 2), (2, 1), (2, 3), (4, 2)]
