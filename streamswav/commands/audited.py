@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import posixpath
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +15,15 @@ from streamswav.commands.run_folder import MANIFEST_FILE
 from streamswav.config import Config, parse_config
 from streamswav.errors import CheckpointError, NotFoundError
 from streamswav.stream.account import Claims, begun_parts
-from streamswav.stream.listed import SideLists
+from streamswav.stream.listed import SideLists, find_lists
 from streamswav.stream.manifest import Manifest, Shard, list_manifest
-from streamswav.stream.outcomes import OUTCOMES, PassedOver
+from streamswav.stream.outcomes import PassedOver
 from streamswav.stream.pieces import Part, Piece, by_part, holds
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 
 _FILES = ("position.json", "config.yaml")
-_LIST_NAME = re.compile(r"step-(\d+)(\.\d+)?\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -179,17 +177,9 @@ def _relocate(manifest: Manifest, urls: Sequence[str], store: Store) -> Manifest
 def _read_lists(url: str, store: Store, manifest: Manifest, *, until: int) -> SideLists:
     """Read what was listed up to a step; later lists belong to later checkpoints."""
     lists = SideLists(manifest)
-    for outcome in OUTCOMES:
-        folder = join(url, outcome)
-        try:
-            found = store.list(folder)
-        except NotFoundError:
-            continue
-        for info in found:
-            name = posixpath.basename(info.url)
-            match = _LIST_NAME.fullmatch(name)
-            if match and int(match[1]) <= until:
-                lists.read(f"{outcome}/{name}", outcome, store.read(info.url))
+    for outcome, step, place in find_lists(store, url):
+        if step <= until:
+            lists.read(f"{outcome}/{posixpath.basename(place)}", outcome, store.read(place))
     return lists
 
 

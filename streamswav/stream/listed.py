@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
+from streamswav.errors import NotFoundError
 from streamswav.stream.manifest import Manifest
-from streamswav.stream.outcomes import PassedOver, Tally
+from streamswav.stream.outcomes import OUTCOMES, PassedOver, Tally
 from streamswav.stream.pieces import Part
 from streamswav.stream.position import tally_passed
+from streamswav.stream.store import Store, join
+
+_LIST_NAME = re.compile(r"/step-(\d+)(?:\.\d+)?\.jsonl$")
 
 IsLeft = Callable[[Part, int], bool]
 
 _NUMBERS = 4
+
+
+def new_list(store: Store, directory: str, outcome: str, step: int) -> str:
+    """Return where the next list of a step goes: a stream's end may add to what the last step wrote."""
+    stem = join(directory, outcome, f"step-{step:09d}")
+    place = f"{stem}.jsonl"
+    for number in itertools.count(2):
+        if not store.exists(place):
+            break
+        place = f"{stem}.{number}.jsonl"
+    return place
+
+
+def find_lists(store: Store, directory: str) -> Iterator[tuple[str, int, str]]:
+    """Yield outcome, step and URL of every list of a run.
+
+    Raises:
+        StorageError: the folder is out of reach.
+    """
+    for outcome in OUTCOMES:
+        try:
+            found = store.list(join(directory, outcome))
+        except NotFoundError:
+            continue
+        for info in found:
+            if written := _LIST_NAME.search(info.url):
+                yield outcome, int(written[1]), info.url
 
 
 class SideLists:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,15 +13,14 @@ import torch
 
 from streamswav.config import Config, dump_config
 from streamswav.errors import CheckpointError
+from streamswav.stream.listed import find_lists, new_list
 from streamswav.stream.outcomes import OUTCOMES
 from streamswav.stream.position import Position
-from streamswav.stream.store import Store, join, redact
+from streamswav.stream.store import Store, redact
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, pack, read_checkpoint, unpack
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed
 from streamswav.training.learner import Learner
-
-_LIST_NAME = re.compile(r"/step-(\d+)(?:\.\d+)?\.jsonl$")
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Saver:
             if found:
                 named = ({**asdict(each), "shard": feed.shard_key(each)} for each in found)
                 lines = "".join(json.dumps(each) + "\n" for each in named)
-                place = _new_list(self._store, self._config.run.directory, outcome, step)
+                place = new_list(self._store, self._config.run.directory, outcome, step)
                 self._store.write(place, lines.encode())
 
     def restore(self) -> Restored | None:
@@ -171,34 +169,15 @@ class Saver:
 
     def _forget_lists(self, step: int) -> None:
         """Remove lists of what came after a step: it comes again, and its outcome may be another then."""
-        for outcome in OUTCOMES:
-            folder = join(self._config.run.directory, outcome)
-            listed = self._store.list(folder) if self._store.exists(folder) else []
-            for info in listed:
-                written = _LIST_NAME.search(info.url)
-                if written and int(written[1]) > step:
-                    self._store.delete(info.url)
+        for _, written, url in list(find_lists(self._store, self._config.run.directory)):
+            if written > step:
+                self._store.delete(url)
 
     def _prune(self, saved: Checkpoint) -> None:
         every = self._config.checkpoint.keep_every_images
         if every and saved.images // every > self._saved_images // every:
             self._folder.keep_for_good(saved)
         self._folder.prune(saved, keep=self._config.checkpoint.keep)
-
-
-def outcome_list(directory: str, outcome: str, step: int) -> str:
-    """Return the URL of the list of what met this outcome before a step, and since the save before it."""
-    return join(directory, outcome, f"step-{step:09d}.jsonl")
-
-
-def _new_list(store: Store, directory: str, outcome: str, step: int) -> str:
-    """Return where the next list of a step goes: a stream's end may add to what the last step wrote."""
-    place = first = outcome_list(directory, outcome, step)
-    number = 1
-    while store.exists(place):
-        number += 1
-        place = f"{first.removesuffix('.jsonl')}.{number}.jsonl"
-    return place
 
 
 def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int) -> None:
