@@ -91,7 +91,10 @@ class Bucket:
 def main() -> int:
     options = parse()
     os.environ.update(
-        AWS_ACCESS_KEY_ID=KEYS[0], AWS_SECRET_ACCESS_KEY=KEYS[1], AWS_EC2_METADATA_DISABLED="true"
+        AWS_ACCESS_KEY_ID=KEYS[0],
+        AWS_SECRET_ACCESS_KEY=KEYS[1],
+        AWS_EC2_METADATA_DISABLED="true",
+        PYTHONWARNINGS="ignore:resource_tracker",  # killed processes leave semaphores behind
     )
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     dice = random.Random(options.seed)
