@@ -288,11 +288,11 @@ def free_port() -> int:
 
 
 def scrape_text(port: int) -> str:
-    """What is at /metrics; empty where nobody answers."""
+    """What is at /metrics; empty where nobody answers, or the process ends while it does."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
             text: str = reply.read().decode()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return ""
     return text
 
