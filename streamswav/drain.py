@@ -27,8 +27,9 @@ class Drain:
         return self.asked
 
     def hear(self, _: int, __: FrameType | None) -> None:
-        """Handle a signal; a second SIGINT is Python's own and ends at once."""
+        """Handle a signal; a second SIGINT is Python's own and ends at once, a second SIGTERM does nothing."""
         self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self.patient:
             raise DrainedError("stopped by a signal before the first step: the same command begins again")
@@ -36,11 +37,15 @@ class Drain:
 
 @contextmanager
 def drain_on_signals() -> Iterator[Drain]:
-    """Listen to SIGTERM and SIGINT for as long as the context lasts."""
+    """Listen to SIGTERM and SIGINT for as long as the context lasts.
+
+    After the first signal SIGTERM is ignored to the end of the process: a second must not change how it ends.
+    """
     drain = Drain()
     before = {number: signal.signal(number, drain.hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield drain
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if not (drain.asked and number == signal.SIGTERM):
+                signal.signal(number, handler)

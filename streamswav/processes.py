@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -116,8 +116,10 @@ def start_fork_server() -> None:
     """Start the process that loader processes are forked from; it imports torch while the rank goes on.
 
     A signal to the whole process group must not take it: the rank ends its loader processes once it has
-    saved. It leaves SIGINT alone by itself; SIGTERM it keeps blocked as it finds it.
+    saved. It leaves SIGINT alone by itself; SIGTERM it keeps blocked as it finds it. The tracker of shared
+    memory goes first: whoever starts it unblocks SIGTERM, and the fork server would start it in between.
     """
+    resource_tracker.ensure_running()
     multiprocessing.get_context("forkserver").set_forkserver_preload(["streamswav.loader"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
