@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from streamswav.swav.blocks import row_blocks
 from streamswav.swav.queue import FeatureQueue
 from streamswav.swav.sinkhorn import sinkhorn
 
@@ -28,8 +30,9 @@ def swapped_prediction_loss(
     """Cross entropy of codes with the predictions of the other crops (paper, equations 2 and 6).
 
     It is the mean over the batch, over the N - 1 crops that predict, and over the A assigned crops.
-    Cross entropy is linear in the code, so a crop predicts the sum of its targets at once: one
-    log-softmax a crop, not one a pair.
+    Cross entropy is linear in the code, so a crop predicts the sum of its targets at once: one softmax a
+    crop, not one a pair. Its gradient is a by-product of that softmax and is kept for the backward pass,
+    which may therefore run once.
 
     Args:
         scores: [N, B, K], with gradient.
@@ -41,12 +44,49 @@ def swapped_prediction_loss(
         A scalar, float32 or better.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    total = scores.new_zeros(())
-    for crop, logits in enumerate(scores / temperature):
-        others = [code for code, owner in zip(codes, assigned, strict=True) if owner != crop]
-        if others:
-            total = total + F.cross_entropy(logits, torch.stack(others).sum(dim=0))
-    return total / (len(assigned) * (len(scores) - 1))
+    loss: Tensor = _SwappedPrediction.apply(scores, codes, tuple(assigned), temperature)
+    return loss
+
+
+class _SwappedPrediction(torch.autograd.Function):
+    """The loss and its gradient in one pass over the scores, a few rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, codes: Tensor, assigned: tuple[int, ...], temperature: float
+    ) -> Tensor:
+        crops, batch, _ = scores.shape
+        weight = 1 / (len(assigned) * (crops - 1) * batch)
+        gradient = torch.empty_like(scores)
+        total = torch.zeros((), dtype=torch.float64, device=scores.device)
+        for begin, end in row_blocks(scores[0]):
+            block = codes[:, begin:end]
+            everything = block.sum(dim=0)
+            for crop in range(crops):
+                others = [code for code, owner in zip(block, assigned, strict=True) if owner != crop]
+                target = (
+                    everything if len(others) == len(assigned) else sum(others, torch.zeros_like(everything))
+                )
+                mass = target.sum(dim=-1, keepdim=True)
+                out, rows = gradient[crop, begin:end], scores[crop, begin:end]
+                torch.sub(rows, rows.amax(dim=-1, keepdim=True), out=out).mul_(1 / temperature)
+                agreement = torch.linalg.vecdot(target, out)
+                normaliser = out.exp_().sum(dim=-1, keepdim=True)
+                total += (mass * normaliser.log()).sum(dtype=torch.float64) - agreement.sum(
+                    dtype=torch.float64
+                )
+                slope = weight / temperature
+                out.mul_(slope * mass / normaliser).sub_(target, alpha=slope)
+        ctx.gradient = gradient
+        return (total * weight).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient: Tensor | None = ctx.gradient
+        if gradient is None:
+            raise RuntimeError("swapped_prediction_loss keeps its gradient for one backward pass only")
+        ctx.gradient = None  # it may be gigabytes
+        return gradient.mul_(outer[0]), None, None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +126,12 @@ class SwAVLoss:
         batch = candidates.shape[1]
         if queue is not None:
             candidates = torch.cat([queue.features @ prototypes.T, candidates], dim=1)
-        codes = sinkhorn(candidates, epsilon=self.epsilon, iterations=self.iterations, group=self.group)
-        codes = codes[:, -batch:]
+        codes = sinkhorn(
+            candidates,
+            epsilon=self.epsilon,
+            iterations=self.iterations,
+            rows=batch,
+            inplace=True,  # the candidates are a copy
+            group=self.group,
+        )
         return F.one_hot(codes.argmax(dim=-1), codes.shape[-1]).to(codes.dtype) if self.hard_codes else codes
