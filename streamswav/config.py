@@ -242,6 +242,19 @@ class CheckpointSection(Section):
     keep_every_images: PositiveInt | None = Field(None, description="one in so many images is kept for good")
 
 
+class WatchdogSection(Section):
+    """Seconds that a phase may take before the run counts as hung; 0: as long as it likes."""
+
+    startup_seconds: Annotated[float, Field(ge=0)] = Field(
+        1800.0, description="from the start to the end of the first step (listing, compiling, joining)"
+    )
+    step_seconds: Annotated[float, Field(ge=0)] = Field(
+        900.0, description="a step with the wait for its batch; keep it above storage.deadline_seconds"
+    )
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(1800.0, description="saving a checkpoint")
+    evaluation_seconds: Annotated[float, Field(ge=0)] = Field(3600.0, description="measuring the trunk")
+
+
 class TelemetrySection(Section):
     """Logs and metrics."""
 
@@ -263,6 +276,7 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    watchdog: WatchdogSection = WatchdogSection()
     telemetry: TelemetrySection = TelemetrySection()
 
 

@@ -27,7 +27,7 @@ class Drain:
         return self.asked
 
     def hear(self, _: int, __: FrameType | None) -> None:
-        """Handle a signal; a second SIGINT is Python's own and ends at once, a second SIGTERM does nothing."""
+        """Handle a signal; a second SIGINT is Python's own and ends at once; a second SIGTERM is nothing."""
         self.asked = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@
     ├── PositionError                   78  a position that belongs to another manifest or grid
     ├── CheckpointError                 78  a checkpoint of another model, or none that is whole
     ├── NonFiniteError                  78  loss or gradient is not a number
+    ├── PeerError                       75  another rank or node is gone, or never came
     └── DrainedError                    75  stopped by a signal, saved, restart for free
 
 Each carries its evidence as attributes, and its message is one line that a person can act upon.
@@ -146,6 +147,12 @@ class NonFiniteError(StreamswavError):
     """The loss or a gradient became infinite or not a number."""
 
     exit_code = EXIT_CONFIG
+
+
+class PeerError(StreamswavError):
+    """Another rank or node is gone, or never came; where it ran is told why."""
+
+    exit_code = EXIT_RETRY
 
 
 class DrainedError(StreamswavError):

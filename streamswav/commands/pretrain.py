@@ -36,7 +36,7 @@ from streamswav.telemetry.exporter import serve_metrics
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.build import build_learner
-from streamswav.training.distributed import Ranks, join_ranks, local_world_size
+from streamswav.training.distributed import Ranks, join_ranks, local_world_size, own_heartbeat, own_rank
 from streamswav.training.feed import Feed, Hooks
 from streamswav.training.feeding import begun_grid, build_feed, build_selection
 from streamswav.training.growth import Growth
@@ -44,6 +44,7 @@ from streamswav.training.monitor import Monitor
 from streamswav.training.pace import make_pace
 from streamswav.training.saver import Restored, Saver, load_into, without_secrets
 from streamswav.training.trainer import Trainer
+from streamswav.training.watchdog import Watchdog, watch
 
 _LEADER_FIRST_SECONDS = 2.0
 
@@ -64,14 +65,16 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
     """
     refuse_incomplete(config)
     metrics = Metrics()
-    with join_ranks(config.training.device) as ranks, ExitStack() as stack:
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(watch(config.watchdog, own_heartbeat(), rank=own_rank()))
+        ranks = stack.enter_context(join_ranks(config.training.device))
         try:
             section = config.telemetry
             ranks.lead(
                 lambda: stack.enter_context(serve_metrics(metrics, port=section.port, bind=section.bind))
             )
             reporter = stack.enter_context(closing(Reporter(silent=not ranks.leads)))
-            return _train(_prepare(config, ranks, metrics, reporter), drain)
+            return _train(_prepare(config, ranks, metrics, reporter), drain, watchdog)
         except StreamswavError as error:
             metrics.set_state("draining" if isinstance(error, DrainedError) else "failed")
             if ranks.leads:
@@ -148,7 +151,7 @@ def _trunk_parameters(config: Config) -> int:
         return sum(parameter.numel() for parameter in build_trunk(config.model).parameters())
 
 
-def _train(run: Run, drain: Drain) -> dict[str, Any]:
+def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
     """Go on from the newest checkpoint, or begin; the summary is rank 0's, empty on others."""
     config, ranks, reporter = run.config, run.ranks, run.reporter
     folder = checkpoints_of(config, run.store, lambda text: reporter.event("warning", text))
@@ -160,6 +163,7 @@ def _train(run: Run, drain: Drain) -> dict[str, Any]:
         ranks,
         prototypes=known(config.swav.prototypes),
         log_seconds=config.telemetry.log_seconds,
+        watchdog=watchdog,
     )
     monitor.describe(run.manifest, _about(config, ranks))
     run.metrics.checkpoint_interval.set(60 * (config.checkpoint.minutes or math.inf))

@@ -6,12 +6,25 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from streamswav.errors import ConfigError, StreamswavError
+from streamswav.errors import ConfigError, PeerError, StreamswavError
+from streamswav.heartbeat import FOLDER_VARIABLE, Heartbeat, find_heartbeat
+
+# What gloo and NCCL say when the other end is no more, or never was.
+_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "onnection refused",
+    "onnection was closed",
+    "remote process exited",
+    "Timed out waiting",
+)
 
 Plain = TypeVar("Plain")
 
@@ -107,12 +120,18 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 
     Raises:
         ConfigError: CUDA is asked for and not there.
+        PeerError: another rank ended, or never came.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = _pick_device(device, local_rank)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(device=place)
         return
+    with _naming_lost_peers():
+        yield from _joined(local_rank, place)
+
+
+def _joined(local_rank: int, place: torch.device) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -121,6 +140,31 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(rank, world_size, local_rank, place, dist.group.WORLD, control)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _naming_lost_peers() -> Iterator[None]:
+    """Make one line of what torch says where a connection to another rank broke."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no kind of its own
+        if not isinstance(error, dist.DistError) and not any(each in str(error) for each in _LOST):
+            raise
+        rank, reason = own_rank(), str(error).strip().partition("\n")[0]
+        raise PeerError(
+            f"rank {rank} lost the other ranks, which tell why on their machines ({reason})"
+        ) from None
+
+
+def own_rank() -> int:
+    """Return this process' number among the ranks, before it has joined them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def own_heartbeat() -> Heartbeat | None:
+    """Return where the launcher looks for the phase of this rank; None: there is no launcher."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return find_heartbeat(Path(folder), int(os.environ.get("LOCAL_RANK", "0"))) if folder else None
 
 
 def local_world_size() -> int:

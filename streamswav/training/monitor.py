@@ -18,6 +18,7 @@ from streamswav.telemetry.progress import Progress, Reporter
 from streamswav.training.checkpoint import Checkpoint
 from streamswav.training.distributed import Ranks
 from streamswav.training.learner import StepResult
+from streamswav.training.watchdog import Watchdog
 
 
 class Monitor:
@@ -37,7 +38,9 @@ class Monitor:
         *,
         prototypes: int,
         log_seconds: float,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        self._watchdog = watchdog or Watchdog()
         self.metrics, self._reporter, self._ranks = metrics, reporter, ranks
         self._prototypes, self._log_seconds = prototypes, log_seconds
         self.loss_first: float | None = None
@@ -83,7 +86,7 @@ class Monitor:
         """Account the time within to the checkpoint."""
         self.metrics.set_state("checkpoint")
         try:
-            with self.phase("checkpoint"):
+            with self.phase("checkpoint"), self._watchdog.within("checkpoint"):
                 yield
         except StreamswavError:
             self.metrics.checkpoints.labels("failed").inc()
@@ -92,6 +95,7 @@ class Monitor:
 
     def stepped(self, batch: Batch, result: StepResult, *, step: int, images: int, rate: float) -> None:
         """Record one step."""
+        self._watchdog.enter("step")
         if self.loss_first is None:
             self.loss_first = self._mean_over_ranks(float(result.loss))
         self._losses += result.loss
@@ -129,6 +133,7 @@ class Monitor:
 
     def waiting(self, idle: bool) -> None:
         """Tell that a followed stream has nothing left for now, or has something again."""
+        self._watchdog.enter("waiting" if idle else "step")
         if idle:
             self._reporter.event("waiting", "everything listed is trained: waiting for new shards")
         self._enter("waiting" if idle else "training")
