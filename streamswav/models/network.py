@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamswav.config import ModelSection
+from streamswav.models.recompute import recompute
 from streamswav.models.trunk import build_trunk
 
 
@@ -57,6 +58,12 @@ class SwAVNetwork(nn.Module):
         trunk: maps images [M, 3, S, S] to features [M, F].
         projection_head: maps features [M, F] to [M, D].
         prototypes: maps embeddings [M, D] to scores [M, K].
+
+    Attributes:
+        chunks: pieces in which the images of a resolution go through the trunk, one after the other. The
+            trunk's batch statistics are those of a piece. Head, prototypes, codes and loss see the whole
+            batch, so the gradient is the whole batch's but for those statistics; accumulating the gradients
+            of small batches would change the codes.
     """
 
     def __init__(self, trunk: nn.Module, projection_head: nn.Module, prototypes: Prototypes) -> None:
@@ -64,6 +71,7 @@ class SwAVNetwork(nn.Module):
         self.trunk = trunk
         self.projection_head = projection_head
         self.prototypes = prototypes
+        self.chunks = 1
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Embed all crops, one pass through the trunk a resolution and one through the head.
@@ -77,11 +85,18 @@ class SwAVNetwork(nn.Module):
         Returns:
             Unit embeddings [N * B, D] and scores [N * B, K], crop-major, with N the sum of the n_i.
         """
-        features = torch.cat([self.trunk(images) for images in _join_sizes(crops)])
+        features = torch.cat([self._features(images) for images in _join_sizes(crops)])
         projected = self.projection_head(features)
         with torch.autocast(projected.device.type, enabled=False):
             embeddings = F.normalize(projected.to(self.prototypes.weight.dtype), dim=1)
             return embeddings, self.prototypes(embeddings)
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Features [M, F] of one resolution; in chunks, of which the backward pass computes each anew."""
+        if self.chunks == 1 or not self.training:
+            features: Tensor = self.trunk(images)
+            return features
+        return torch.cat([recompute(self.trunk, chunk) for chunk in images.chunk(self.chunks)])
 
 
 def build_network(section: ModelSection, *, prototypes: int) -> SwAVNetwork:

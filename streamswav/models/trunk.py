@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from streamswav.config import ModelSection
 from streamswav.errors import ConfigError
+from streamswav.models.recompute import recompute
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Trunk(ResNet):  # type: ignore[misc]  # torchvision carries no types
 
     Attributes:
         feature_dim: F, the number of features.
+        recompute_blocks: keep only the inputs of residual blocks for the backward pass (activation
+            checkpointing): about a third more computing, a fraction of the memory.
     """
 
     def __init__(self, architecture: _Architecture, *, planes: int, stem: str) -> None:
@@ -76,12 +79,15 @@ class Trunk(ResNet):  # type: ignore[misc]  # torchvision carries no types
         self.layer4 = self._make_layer(block, planes * 8, depths[3], stride=2) if depths[3] else nn.Identity()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.feature_dim: int = self.inplanes
+        self.recompute_blocks = False
         initialise_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the pooled features [B, F] of images [B, 3, S, S]."""
         maps = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage.children():
+                maps = recompute(block, maps) if self.recompute_blocks else block(maps)
         return torch.flatten(self.avgpool(maps), 1)
 
 

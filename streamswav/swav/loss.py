@@ -59,23 +59,19 @@ class _SwappedPrediction(torch.autograd.Function):
         weight = 1 / (len(assigned) * (crops - 1) * batch)
         gradient = torch.empty_like(scores)
         total = torch.zeros((), dtype=torch.float64, device=scores.device)
+        slope = weight / temperature
         for begin, end in row_blocks(scores[0]):
-            block = codes[:, begin:end]
-            everything = block.sum(dim=0)
+            owned = dict(zip(assigned, codes[:, begin:end], strict=True))
+            everything = codes[:, begin:end].sum(dim=0)
             for crop in range(crops):
-                others = [code for code, owner in zip(block, assigned, strict=True) if owner != crop]
-                target = (
-                    everything if len(others) == len(assigned) else sum(others, torch.zeros_like(everything))
-                )
+                target = everything - owned[crop] if crop in owned else everything
                 mass = target.sum(dim=-1, keepdim=True)
                 out, rows = gradient[crop, begin:end], scores[crop, begin:end]
                 torch.sub(rows, rows.amax(dim=-1, keepdim=True), out=out).mul_(1 / temperature)
                 agreement = torch.linalg.vecdot(target, out)
                 normaliser = out.exp_().sum(dim=-1, keepdim=True)
-                total += (mass * normaliser.log()).sum(dtype=torch.float64) - agreement.sum(
-                    dtype=torch.float64
-                )
-                slope = weight / temperature
+                losses = mass.mul(normaliser.log()).squeeze(-1) - agreement
+                total += losses.sum(dtype=torch.float64)
                 out.mul_(slope * mass / normaliser).sub_(target, alpha=slope)
         ctx.gradient = gradient
         return (total * weight).to(scores.dtype)

@@ -1,0 +1,42 @@
+"""Forward passes whose activations are computed again for the backward pass, to save memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute(part: nn.Module, images: Tensor) -> Tensor:
+    """Return `part(images)`, of which only the input is kept; the rest is computed again when it is needed.
+
+    Batch statistics are those of the same images both times, so the result is the same to the bit. The
+    running statistics of batch norms are updated once, by the first pass.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _resting_statistics(part)
+
+    if not torch.is_grad_enabled():
+        result: Tensor = part(images)
+        return result
+    # Nothing here draws random numbers, so their state need not be kept.
+    kept: Callable[..., Tensor] = checkpoint
+    return kept(part, images, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+@contextmanager
+def _resting_statistics(part: nn.Module) -> Iterator[None]:
+    """Normalise by the statistics of the batch without taking note of them."""
+    norms = [each for each in part.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    for each in norms:
+        each.track_running_stats = False
+    try:
+        yield
+    finally:
+        for each in norms:
+            each.track_running_stats = True
