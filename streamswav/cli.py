@@ -15,7 +15,7 @@ from streamswav import __version__
 from streamswav.arguments import Parser
 from streamswav.config import Config, dump_config, load_config
 from streamswav.drain import drain_on_signals
-from streamswav.errors import EXIT_DONE, StreamswavError
+from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
 
 _INTERRUPTED = 130
 
@@ -83,6 +83,11 @@ def _build_parser(command: str) -> Parser:
     if command == "audit":
         _declare_audit(audit)
     _declare_stream(_add_command(commands, "stream", _stream, "read and crop without training: what limits?"))
+    plan = _add_command(commands, "plan", _plan, "say what a run takes, before anyone pays for a GPU")
+    plan.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
+    plan.set_defaults(takes_keys=True)
+    if command == "plan":
+        _declare_plan(plan)
     _add_command(commands, "keys", _keys, "list all keys of the configuration with their defaults")
     _add_command(commands, "schema", _schema, "print the configuration's JSON schema")
     return parser
@@ -196,6 +201,24 @@ def _audit(arguments: argparse.Namespace) -> None:
     from streamswav.commands.audit import run_audit  # noqa: PLC0415
 
     run_audit(arguments, given=load_config(None, os.environ, arguments.keys))
+
+
+def _declare_plan(parser: argparse.ArgumentParser) -> None:
+    from streamswav.commands import plan  # noqa: PLC0415
+
+    plan.add_arguments(parser)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from streamswav.commands.plan import run_plan  # noqa: PLC0415
+
+    files, arguments.keys = _split_urls(arguments.keys)
+    if len(files) > 1 or (files and arguments.config):
+        raise ConfigError("plan", "takes one configuration", value=" ".join(files))
+    arguments.config = Path(files[0]) if files else arguments.config
+    if arguments.samples is not None:
+        arguments.keys += ["--stream.samples", str(arguments.samples)]
+    run_plan(arguments, _read_config(arguments))
 
 
 def _keys(_: argparse.Namespace) -> None:

@@ -1,0 +1,16 @@
+"""What a run will take, worked out from its configuration before anyone pays for a GPU."""
+
+from streamswav.planning.estimate import Plan, Request, make_plan, trunk_parameters
+from streamswav.planning.gpus import GPUS, Gpu, find_gpu
+from streamswav.planning.memory import largest_batch
+
+__all__ = [
+    "GPUS",
+    "Gpu",
+    "Plan",
+    "Request",
+    "find_gpu",
+    "largest_batch",
+    "make_plan",
+    "trunk_parameters",
+]
