@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -113,9 +114,41 @@ class Store:
         """Store bytes under a name; readers see the old object or the new one, never a part.
 
         Raises:
-            DeniedError: no permission, no room.
+            DeniedError: no permission.
+            UnavailableError: no room, or no answer until the deadline.
         """
         self._place(url).write(url, io.BytesIO(data), len(data))
+
+    def writing(self, url: str) -> AbstractContextManager[BinaryIO]:
+        """Give a file to write into, without seeking; the object appears whole as the context ends.
+
+        After an error nothing has appeared. To S3 it goes in parts while it is written. Raises what `write`
+        does, as it is written or as the context ends.
+        """
+        return self._place(url).writing(url)
+
+    def reading(self, url: str) -> BinaryIO:
+        """Return an object as a file, which is read block by block; all of it is of one version."""
+        source = _Ranges(self, self.info(url))
+        return io.BufferedReader(source, self.section.block_bytes)
+
+    def read_version(self, url: str) -> tuple[bytes, str]:
+        """Return a small object and the version that `swap` takes."""
+        return self._place(url).read_version(url)
+
+    def swap(self, url: str, data: bytes, *, version: str | None) -> str:
+        """Replace an object if it still has this version, and return the new one.
+
+        Args:
+            url: of the object.
+            data: new content; other than any that it ever had, since a version may be a digest.
+            version: as `read_version` gave it; None: there must be no such object.
+
+        Raises:
+            ChangedError: another process has written it. Where the store has no conditional writes this is
+                found out by reading before, which leaves a moment in which two may pass.
+        """
+        return self._place(url).swap(url, data, version)
 
     def upload(self, path: Path, url: str) -> None:
         """Store a file, in parts if it is large; as `write`, it appears whole."""
@@ -151,7 +184,10 @@ class _Place(Protocol):
     def walk(self, folder: str, stem: str = "") -> Iterator[ObjectInfo]: ...
     def info(self, url: str) -> ObjectInfo: ...
     def read(self, url: str, start: int, stop: int | None, version: str | None) -> bytes: ...
+    def read_version(self, url: str) -> tuple[bytes, str]: ...
     def write(self, url: str, source: BinaryIO, size: int) -> None: ...
+    def writing(self, url: str) -> AbstractContextManager[BinaryIO]: ...
+    def swap(self, url: str, data: bytes, version: str | None) -> str: ...
     def delete(self, url: str) -> None: ...
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import io
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +18,17 @@ from streamswav.errors import ChangedError, DeniedError, NotFoundError, Unavaila
 from streamswav.stream.store.urls import ObjectInfo, join
 
 ASIDE = ".partial"
+
+_MAY_PASS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.ENOTCONN,
+}
 
 
 class LocalFiles:
@@ -51,18 +66,46 @@ class LocalFiles:
 
     def write(self, url: str, source: BinaryIO, size: int) -> None:  # noqa: ARG002 - as its remote kin
         """Copy a stream to a file: aside, to the disk, then under its name."""
+        with self.writing(url) as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+
+    @contextmanager
+    def writing(self, url: str) -> Iterator[BinaryIO]:
+        """Give a file to write into; it has its name once the context ends without an error."""
         path = path_of(url)
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{ASIDE}")
         with _writing(url):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with aside.open("wb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
+                    yield file
                     file.flush()
                     os.fsync(file.fileno())
                 aside.replace(path)
             finally:
                 aside.unlink(missing_ok=True)
+
+    def read_version(self, url: str) -> tuple[bytes, str]:
+        """Return a file and what `swap` knows it by: its digest, since two writes may share a time."""
+        data = self.read(url, 0, None, None)
+        return data, _digest(data)
+
+    def swap(self, url: str, data: bytes, version: str | None) -> str:
+        """Replace a file if it is of this version; `None`: there must be none.
+
+        A lock on the folder keeps others that swap here waiting. Where a network's file system has no
+        locks, two may pass the comparison at the same moment.
+        """
+        path = path_of(url)
+        with _writing(url), _locked(path.parent):
+            try:
+                now = self.read_version(url)[1]
+            except NotFoundError:
+                now = None
+            if now != version:
+                raise ChangedError(url, "another process has written it")
+            self.write(url, io.BytesIO(data), len(data))
+        return _digest(data)
 
     def delete(self, url: str) -> None:
         """Remove a file, or a folder with all it holds; nothing there is fine."""
@@ -112,4 +155,23 @@ def _writing(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DeniedError(url, f"cannot be written ({error.strerror})") from None
+        # A disk that is full has room again some day.
+        kind = UnavailableError if error.errno in _MAY_PASS else DeniedError
+        raise kind(url, f"cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, where it can be had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -62,9 +62,16 @@ class Remote:
 
     def read(self, url: str, start: int, stop: int | None, version: str | None) -> bytes:
         """Return the bytes [start, stop), to the end where stop is None."""
-        transfer = Transfer(url, start, stop, version)
-        self._call(url, "read", lambda: self._resume(transfer), received=lambda: len(transfer.body))
-        return bytes(transfer.body)
+        return bytes(self._transferred(Transfer(url, start, stop, version)).body)
+
+    def read_version(self, url: str) -> tuple[bytes, str]:
+        """Return a whole object and the version that it has."""
+        transfer = self._transferred(Transfer(url, 0, None, None))
+        return bytes(transfer.body), transfer.version or ""
+
+    def _transferred(self, transfer: Transfer) -> Transfer:
+        self._call(transfer.url, "read", lambda: self._resume(transfer), received=lambda: len(transfer.body))
+        return transfer
 
     async def _resume(self, transfer: Transfer) -> None:
         """A connection may break after its last byte: then nothing is left to ask for."""

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
+import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
 
 from streamswav.config import StorageSection
-from streamswav.errors import ConfigError, NotFoundError, StorageError, UnsupportedError
+from streamswav.errors import ChangedError, ConfigError, NotFoundError, UnsupportedError
 from streamswav.stream.store.clients import Clients
 from streamswav.stream.store.remote import Remote
 from streamswav.stream.store.retry import OnRequest
 from streamswav.stream.store.transfer import Transfer
+from streamswav.stream.store.upload import PART_BYTES, Upload
 from streamswav.stream.store.urls import ObjectInfo, redact
 
+__all__ = ["CHUNK_BYTES", "PART_BYTES", "S3"]
+
 CHUNK_BYTES = 256 << 10
-PART_BYTES = 8 << 20
-PARTS_IN_FLIGHT = 4
-MOST_PARTS = 10_000
 
 
 class S3(Remote):
@@ -57,11 +56,45 @@ class S3(Remote):
 
     def write(self, url: str, source: BinaryIO, size: int) -> None:
         """Store `size` bytes, in parts where they are many."""
-        if size <= 2 * PART_BYTES:
-            data = source.read(size)
-            self._request(url, "write", "put_object", Body=data)
-        else:
-            self._write_parts(url, source, size)
+        with self.writing(url) as file:
+            shutil.copyfileobj(source, file, max(1, min(size, PART_BYTES)))
+
+    @contextmanager
+    def writing(self, url: str) -> Iterator[BinaryIO]:
+        """Give a file to write into; the object appears once the context ends without an error."""
+        upload = Upload(self._request, url)
+        try:
+            yield cast("BinaryIO", upload)
+            upload.commit(lambda: self.info(url).size)
+        except BaseException:
+            upload.abort()
+            raise
+
+    def swap(self, url: str, data: bytes, version: str | None) -> str:
+        """Replace an object if it is of this version; `None`: there must be none.
+
+        The version is compared before, and the server asked to compare it again as it writes (If-Match,
+        If-None-Match). Servers that do not know the condition say so, or ignore it as rclone does: there two
+        may pass the first comparison at the same moment.
+        """
+        try:
+            now: str | None = self.info(url).version
+        except NotFoundError:
+            now = None
+        if now != version:
+            raise ChangedError(redact(url), "another process has written it")
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
+        try:
+            reply = self._request(url, "write", "put_object", Body=data, **condition)
+        except UnsupportedError:
+            reply = self._request(url, "write", "put_object", Body=data)
+        except ChangedError:
+            # A first attempt may have gone through with its answer lost.
+            found, now = self.read_version(url)
+            if found != data:
+                raise
+            return now
+        return _version(reply)
 
     def delete(self, url: str) -> None:
         """Remove an object, or all below a folder."""
@@ -71,41 +104,6 @@ class S3(Remote):
         for info in list(self.walk(url)):
             self._request(info.url, "delete", "delete_object")
         self._request(f"s3://{bucket}/{key}", "delete", "delete_object")
-
-    def _write_parts(self, url: str, source: BinaryIO, size: int) -> None:
-        length = max(PART_BYTES, -(-size // MOST_PARTS))
-        upload = self._request(url, "write", "create_multipart_upload")["UploadId"]
-        lock = threading.Lock()
-
-        def send(number: int) -> dict[str, Any]:
-            with lock:
-                source.seek((number - 1) * length)
-                data = source.read(length)
-            reply = self._request(url, "write", "upload_part", UploadId=upload, PartNumber=number, Body=data)
-            return {"PartNumber": number, "ETag": reply["ETag"]}
-
-        try:
-            with ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool:
-                parts = list(pool.map(send, range(1, -(-size // length) + 1)))
-            self._complete(url, upload, parts, size)
-        except BaseException:
-            with contextlib.suppress(StorageError):
-                self._request(url, "abort", "abort_multipart_upload", UploadId=upload)
-            raise
-
-    def _complete(self, url: str, upload: str, parts: list[dict[str, Any]], size: int) -> None:
-        try:
-            self._request(
-                url,
-                "write",
-                "complete_multipart_upload",
-                UploadId=upload,
-                MultipartUpload={"Parts": parts},
-            )
-        except NotFoundError:
-            # A first attempt may have gone through with its answer lost: the upload is then unknown.
-            if self.info(url).size != size:
-                raise
 
     def _request(self, url: str, operation: str, method: str, **arguments: Any) -> dict[str, Any]:
         bucket, key = _split(url)

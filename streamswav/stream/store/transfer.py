@@ -92,6 +92,8 @@ def refusal(url: str, status: int, code: str, message: str) -> Exception:
         return TransientError(outcome, f"{status} {code}".strip())
     if status == 404:
         return NotFoundError(url, _MISSING.get(code, "there is no such object"))
+    if status == 412:
+        return ChangedError(url, "another process has written it")
     if status == 416:
         return ChangedError(url, "the object is shorter than expected")
     return _denial(url, status, code) or StorageError(url, f"{status} {code} {message}".strip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import BinaryIO
 
 import aiohttp
@@ -25,6 +26,14 @@ class Web(Remote):
         raise UnsupportedError(redact(folder), reason)
 
     def write(self, url: str, source: BinaryIO, size: int) -> None:  # noqa: ARG002 - refused anyway
+        """Refuse."""
+        raise UnsupportedError(redact(url), "web servers are read only")
+
+    def writing(self, url: str) -> AbstractContextManager[BinaryIO]:
+        """Refuse."""
+        raise UnsupportedError(redact(url), "web servers are read only")
+
+    def swap(self, url: str, data: bytes, version: str | None) -> str:  # noqa: ARG002 - refused anyway
         """Refuse."""
         raise UnsupportedError(redact(url), "web servers are read only")
 
