@@ -16,8 +16,10 @@ from streamswav.arguments import Parser
 from streamswav.config import Config, dump_config, load_config
 from streamswav.drain import drain_on_signals
 from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
+from streamswav.heartbeat import FOLDER_VARIABLE, attach
 
 _INTERRUPTED = 130
+_WITH_RANKS = ("pretrain", "cooldown")
 
 _EVALUATIONS = {
     "knn": "measure a trunk by the nearest neighbours of its features",
@@ -37,21 +39,35 @@ something was changed (the message says what) · 1 anything else
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        attach(Path(folder), _local_rank())
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _build_parser(argv[0] if argv else "")
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not arguments.takes_keys:
-        parser.error(f"{rest[0]} is not understood by {arguments.command}")
-    arguments.keys = rest
     try:
+        if argv[:1] == ["launch"]:
+            return _launch(argv[1:])
+        arguments = _parse(argv)
         arguments.run(arguments)
     except StreamswavError as error:
-        sys.stderr.write(f"streamswav: {error}\n")
+        if not isinstance(error, ConfigError) or _local_rank() == 0:  # all ranks have the same configuration
+            sys.stderr.write(f"streamswav: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("streamswav: interrupted; nothing was saved since the last checkpoint\n")
         return _INTERRUPTED
     return EXIT_DONE
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _build_parser(argv[0] if argv else "")
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.takes_keys:
+        parser.error(f"{rest[0]} is not understood by {arguments.command}")
+    arguments.keys = rest
+    return arguments
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _build_parser(command: str) -> Parser:
@@ -72,6 +88,7 @@ def _build_parser(command: str) -> Parser:
     for each in (pretrain, cooldown):
         each.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
         each.set_defaults(takes_keys=True)
+    _add_command(commands, "launch", _launch, "start pretrain on several ranks, as a pod or on a workstation")
     for name, text in _EVALUATIONS.items():
         each = _add_command(commands, name, _evaluate, text)
         each.epilog = "How storage is reached can be set by --storage.KEY, as for pretrain."
@@ -113,6 +130,14 @@ def _declare_stream(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON")
     add("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
     parser.set_defaults(takes_keys=True)
+
+
+def _launch(arguments: Sequence[str]) -> int:
+    from streamswav.launch import launch  # noqa: PLC0415
+
+    return launch(
+        arguments, os.environ, commands=_WITH_RANKS, check=lambda command: _read_config(_parse(command))
+    )
 
 
 def _read_config(arguments: argparse.Namespace) -> Config:
