@@ -48,11 +48,20 @@ class FeatureQueue(nn.Module):
         return self._pushed >= self.features.shape[1]
 
     @torch.no_grad()
-    def push(self, embeddings: Tensor) -> None:
-        """Put a batch [A, B, D] in front; as many of the oldest embeddings fall out."""
+    def push(self, embeddings: Tensor, *, unless: Tensor | None = None) -> None:
+        """Put a batch [A, B, D] in front; as many of the oldest embeddings fall out.
+
+        Where `unless`, a boolean scalar on the device, is true the queue stays as it is. Nobody waits to
+        know: the batch counts as pushed until `take_back` says otherwise.
+        """
         length = self.features.shape[1]
-        self.features.copy_(torch.cat([embeddings, self.features], dim=1)[:, :length])
+        pushed = torch.cat([embeddings, self.features], dim=1)[:, :length]
+        self.features.copy_(pushed if unless is None else torch.where(unless, self.features, pushed))
         self._pushed += embeddings.shape[1]
+
+    def take_back(self, embeddings: int) -> None:
+        """Count so many embeddings as not pushed after all: their steps were skipped."""
+        self._pushed -= embeddings
 
     def _count(self, _: Any) -> None:
         """After loading: unit embeddings are never zero, so what is not zero was pushed."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import Optimizer
@@ -15,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 from streamswav.errors import CheckpointError
 from streamswav.models import SwAVNetwork
 from streamswav.swav import FeatureQueue, SwAVLoss
+from streamswav.training.masking import Undo
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,20 @@ class StepResult:
 
     Attributes:
         loss: scalar, of this rank's batch.
-        grad_norm: norm of all gradients together; not finite where a GradScaler skipped the step.
+        grad_norm: norm of all gradients together.
+        skipped: boolean scalar, the same on all ranks: loss or gradient was not finite on one of them, and
+            weights, momenta, queue and running statistics are what they were before the step.
         embeddings: unit embeddings [N, B, D].
         scores: prototype scores [N, B, K].
+        pushed: embeddings an assigned crop that went into the queue, should the step turn out to count.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    skipped: Tensor
     embeddings: Tensor
     scores: Tensor
+    pushed: int
 
 
 class Learner:
@@ -70,6 +77,7 @@ class Learner:
         self._scaler = scaler or torch.amp.GradScaler(self._device_type, enabled=False)
         self._autocast = autocast
         self._learn_prototypes = learn_prototypes
+        self._statistics = Undo(running_statistics(self.module))
 
     @property
     def module(self) -> SwAVNetwork:
@@ -89,6 +97,7 @@ class Learner:
             use_queue: fill the queue, and assign with it once it is full.
         """
         queue = self.queue if use_queue else None
+        self._statistics.remember()
         self._prototypes.normalise_()
         embeddings, scores = self._forward(crops)
         past = queue if queue is not None and queue.full else None
@@ -97,11 +106,18 @@ class Learner:
         if freeze_prototypes or not self._learn_prototypes:
             # None, not zero: no momentum step. DDP asks that requires_grad never changes.
             self._prototypes.weight.grad = None
-        grad_norm = self._update(rate)
+        grad_norm, skipped = self._update(rate)
+        self._statistics.where(skipped)
         embeddings, scores = embeddings.detach(), scores.detach()
         if queue is not None:
-            queue.push(embeddings[list(self.objective.assigned)])
-        return StepResult(loss.detach(), grad_norm, embeddings, scores)
+            queue.push(embeddings[list(self.objective.assigned)], unless=skipped)
+        pushed = scores.shape[1] if queue is not None else 0
+        return StepResult(loss.detach(), grad_norm, skipped, embeddings, scores, pushed)
+
+    def take_back(self, result: StepResult) -> None:
+        """Hear that a step was skipped, which only reading `skipped` can tell."""
+        if self.queue is not None:
+            self.queue.take_back(result.pushed)
 
     def rehearse(self, crops: Sequence[Tensor]) -> None:
         """Run one backward pass and discard it; parameters, statistics and queue stay as they were.
@@ -161,15 +177,34 @@ class Learner:
         return embeddings.unflatten(0, (self._crops, -1)), scores.unflatten(0, (self._crops, -1))
 
     def _backward(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        """Compute the gradient. Where the loss is not finite all of it is made NaN.
 
-    def _update(self, rate: float) -> Tensor:
-        """Set the rate, move the parameters, and return the norm of their unscaled gradients."""
+        So every rank sees it in the gradient that they share, and none needs to be told.
+        """
+        self.optimizer.zero_grad()
+        slope = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self._scaler.scale(loss).backward(slope)  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+
+    def _update(self, rate: float) -> tuple[Tensor, Tensor]:
+        """Move the parameters unless the norm of their unscaled gradients is not finite.
+
+        Returns:
+            The norm, and whether the step was skipped.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-        self._scaler.step(self.optimizer)
+        skipped = norm.isfinite().logical_not()
+        # What a GradScaler hands over; ours is asked only for the scale, since it knows overflow alone.
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # torch sets these two on all of them
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self._scaler.update()
-        return norm
+        return norm, skipped
+
+
+def running_statistics(network: torch.nn.Module) -> list[Tensor]:
+    """Return the buffers of a network's batch norms."""
+    norms = (each for each in network.modules() if isinstance(each, _BatchNorm))
+    return [buffer for each in norms for buffer in each.buffers()]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from streamswav.config import OptimizerSection
+from streamswav.training.masking import clear_where
 
 
 class LARS(Optimizer):
@@ -68,8 +69,9 @@ class LARS(Optimizer):
         updates = self._scaled_gradients(params, group["weight_decay"], group["trust"])
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
-            momentum, lr = torch.where(found_inf > 0, 1.0, momentum), torch.where(found_inf > 0, 0.0, lr)
-            updates = [torch.where(found_inf > 0, 0.0, update) for update in updates]
+            skipped = found_inf.squeeze() > 0
+            clear_where(updates, skipped)
+            momentum, lr = torch.where(skipped, 1.0, momentum), torch.where(skipped, 0.0, lr)
         buffers = [self._momentum_buffer(p) for p in params]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, updates)
@@ -102,6 +104,10 @@ def build_optimizer(section: OptimizerSection, params: Iterable[Tensor]) -> Opti
     params, decay = list(params), section.weight_decay
     if section.name == "lars":
         return LARS(params, 0.0, momentum=section.momentum, weight_decay=decay, trust=section.trust)
+    # Their fused kernels mask a step that is not finite on the device; the others would read whether it is.
     if section.name == "sgd":
-        return torch.optim.SGD(params, 0.0, momentum=section.momentum, weight_decay=decay, foreach=True)
-    return torch.optim.AdamW(params, 0.0, betas=section.betas, weight_decay=decay, foreach=True)
+        sgd = torch.optim.SGD(params, 0.0, momentum=section.momentum, weight_decay=decay, fused=True)
+        for each in params:  # the first step may be one that is skipped, or rest some of them
+            sgd.state[each]["momentum_buffer"] = torch.zeros_like(each)
+        return sgd
+    return torch.optim.AdamW(params, 0.0, betas=section.betas, weight_decay=decay, fused=True)
