@@ -44,6 +44,10 @@ def _list_one(value: object) -> object:
 
 
 _RENAMED = {"loader.memory": "stream.memory"}
+_NO_ACCUMULATION = (
+    "gradients are not accumulated: codes are those of the batch that is embedded together, so the gradients "
+    "of small batches add up to another objective; micro_batches keeps the objective and saves the memory"
+)
 _EXACT = 1 << 53  # up to here a float is every whole number
 _Whole = BeforeValidator(_read_whole)
 PositiveInt = Annotated[int, Field(gt=0), _Whole]
@@ -231,6 +235,19 @@ class TrainingSection(Section):
     )
     topology_invariant: bool = Field(False, description="whole-batch statistics on any number of ranks")
     threads: NonNegativeInt = Field(0, description="CPU threads of a rank; 0: the cores divided by the ranks")
+    micro_batches: PositiveInt = Field(
+        1, description="pieces of a rank's batch through the trunk, each computed twice, to save memory"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only the inputs of residual blocks for the backward pass"
+    )
+    compile: bool = Field(False, description="torch.compile the trunk")
+    nonfinite_in_a_row: PositiveInt = Field(
+        10, description="steps in a row that are skipped as not finite before the run stops"
+    )
+    nonfinite_ratio: Ratio = Field(
+        0.01, description="share of the steps that may be skipped as not finite, from the 1,000th on"
+    )
 
 
 class CheckpointSection(Section):
@@ -240,6 +257,13 @@ class CheckpointSection(Section):
     images: PositiveInt | None = Field(None, description="between checkpoints, beside the minutes")
     keep: PositiveInt = Field(3, description="newest checkpoints that are kept")
     keep_every_images: PositiveInt | None = Field(None, description="one in so many images is kept for good")
+    deadline_seconds: Positive = Field(
+        3600.0, description="without a checkpoint that could be written until the run ends"
+    )
+    lease_seconds: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="until another process may take over from one that is silent; 0: no lease"
+    )
+    copy_to: str = Field("", description="folder or s3:// prefix for a copy of the run and its checkpoints")
 
 
 class WatchdogSection(Section):
@@ -336,6 +360,7 @@ def check_combinations(config: Config) -> None:
         ConfigError: the first impossible combination found.
     """
     _check_objective(config)
+    _check_statistics(config)
     _check_grid(config)
     _check_stream(config)
 
@@ -350,6 +375,13 @@ def _check_objective(config: Config) -> None:
     if batch and swav.queue_length and swav.queue_length < batch:
         reason = f"shorter than the global batch ({batch}): the queue would be empty; 0 means no queue"
         raise ConfigError("swav.queue_length", reason, value=swav.queue_length)
+
+
+def _check_statistics(config: Config) -> None:
+    training = config.training
+    if training.topology_invariant and training.micro_batches > 1:
+        reason = "the trunk's batch statistics are those of a piece of the batch; not with topology_invariant"
+        raise ConfigError("training.micro_batches", reason, value=training.micro_batches)
 
 
 def _check_grid(config: Config) -> None:
@@ -437,6 +469,8 @@ def _explain(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
+        if "accumul" in key:
+            return ConfigError(key, _NO_ACCUMULATION, value=first["input"], nearest="training.micro_batches")
         return ConfigError(key, "there is no such key", value=first["input"], nearest=_nearest(key))
     if first["type"] == _REFUSAL:
         return ConfigError(**first["ctx"])

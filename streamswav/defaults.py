@@ -70,6 +70,8 @@ class Facts:
         samples: in one pass, where the producers counted; else None.
         run_samples: in all passes, where they counted; else None.
         trunk_parameters: their number.
+        images_that_fit: a rank's, of which a step fills 80% of a GPU's memory at most (`planning.largest_batch`);
+            None where there is no GPU, or nobody asked.
         begun: the complete configuration of the run that is continued; else None.
     """
 
@@ -81,6 +83,7 @@ class Facts:
     samples: int | None
     trunk_parameters: int
     run_samples: int | None = None
+    images_that_fit: int | None = None
     begun: Config | None = None
 
 
@@ -136,6 +139,7 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
     batch = choose("training.batch", lambda: _batch(config, facts))
     if facts.begun is None:  # else what is left is dealt again, for these ranks
         _check_batch(batch, facts.world_size)
+    _check_micro_batches(config, batch // facts.world_size)
     _choose_grid(choose, config, facts, batch)
     _choose_objective(choose, facts, batch, distinct=distinct, total=total)
     _choose_rate(choose, config, batch, total)
@@ -198,14 +202,18 @@ def _check_batch(batch: int, world_size: int) -> None:
         raise ConfigError("training.batch", f"must be a multiple of the {world_size} ranks", value=batch)
 
 
+def _check_micro_batches(config: Config, share: int) -> None:
+    pieces = config.training.micro_batches
+    if pieces > share:
+        reason = f"a rank has only {share} images of a batch"
+        raise ConfigError("training.micro_batches", reason, value=pieces)
+
+
 def _check_batch_norm(config: Config, facts: Facts) -> None:
     share, world_size = config.training.sync_batch_norm, facts.world_size
     if share and share < world_size and world_size % share:
         reason = f"the {world_size} ranks do not fall into groups of this size; 0 means all of them"
         raise ConfigError("training.sync_batch_norm", reason, value=share)
-    if config.training.topology_invariant and world_size > 1 and not facts.cuda:
-        reason = "batch statistics are not shared between CPU ranks (SyncBatchNorm needs GPUs); use one rank"
-        raise ConfigError("training.topology_invariant", reason, value=True)
 
 
 def _choose_grid(choose: Choose, config: Config, facts: Facts, batch: int) -> None:
@@ -260,6 +268,9 @@ def _schedule(config: Config) -> tuple[str, str]:
 
 
 def _batch(config: Config, facts: Facts) -> tuple[int, str]:
+    if facts.images_that_fit is not None:
+        batch = min(PAPER_BATCH // facts.world_size, facts.images_that_fit) * facts.world_size
+        return batch, f"{batch // facts.world_size} a rank: within 80% of the GPU's memory, 4096 at most"
     widths = [width for width in _MEMORY_OF_THE_PAPER if width <= max(1.0, config.model.width)]
     each = _MEMORY_OF_THE_PAPER[widths[-1]]
     batch = min(PAPER_BATCH // facts.world_size, each) * facts.world_size

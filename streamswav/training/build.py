@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from streamswav.config import Config
 from streamswav.defaults import known
-from streamswav.models import SwAVNetwork, build_network
+from streamswav.models import SwAVNetwork, Trunk, build_network, share_statistics
 from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
 from streamswav.training.distributed import Ranks
 from streamswav.training.learner import Learner
@@ -26,7 +25,7 @@ def build_learner(config: Config, ranks: Ranks) -> Learner:
     swav, training = config.swav, config.training
     batch, local = known(training.batch), known(training.batch) // ranks.world_size
     network = build_network(config.model, prototypes=known(swav.prototypes))
-    network = network.to(memory_format=torch.channels_last).to(ranks.device)
+    network = _prepare(network, config).to(ranks.device)
     length = usable_length(known(swav.queue_length), batch) // ranks.world_size
     queue = None
     if length:
@@ -58,19 +57,32 @@ def build_learner(config: Config, ranks: Ranks) -> Learner:
     return learner
 
 
+def _prepare(network: SwAVNetwork, config: Config) -> SwAVNetwork:
+    """Say how the network is run; its parameters and their names stay what they are."""
+    training = config.training
+    network.chunks = training.micro_batches
+    assert isinstance(network.trunk, Trunk)
+    network.trunk.recompute_blocks = training.activation_checkpointing
+    if training.compile:
+        network.trunk.compile()
+    return network.to(memory_format=torch.channels_last)
+
+
 def _distribute(network: SwAVNetwork, config: Config, ranks: Ranks) -> SwAVNetwork | DistributedDataParallel:
-    """Wrap for several ranks. SyncBatchNorm exists on GPUs alone; on the CPU statistics are each rank's."""
+    """Wrap for several ranks. The running statistics that count are rank 0's, which saves them."""
     if ranks.world_size == 1:
         return network
+    assert ranks.group is not None
     share = config.training.sync_batch_norm
-    if ranks.device.type == "cuda" and share != 1:
+    if share != 1:
         group = ranks.group
         if share and share < ranks.world_size:
             group = torch.distributed.new_subgroups(share)[0]
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network, group)  # type: ignore[no-untyped-call]  # torch
+        share_statistics(network, group)
     return DistributedDataParallel(
         network,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         process_group=ranks.group,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,
     )
