@@ -15,6 +15,7 @@
     │   └── BudgetSpentError            78  more was skipped than the budget allows
     ├── PositionError                   78  a position that belongs to another manifest or grid
     ├── CheckpointError                 78  a checkpoint of another model, or none that is whole
+    ├── LeaseError                      78  another process writes to the run
     ├── NonFiniteError                  78  loss or gradient is not a number
     ├── PeerError                       75  another rank or node is gone, or never came
     └── DrainedError                    75  stopped by a signal, saved, restart for free
@@ -139,6 +140,12 @@ class PositionError(StreamswavError):
 
 class CheckpointError(StreamswavError):
     """A checkpoint that cannot be used here, or none that is whole."""
+
+    exit_code = EXIT_CONFIG
+
+
+class LeaseError(StreamswavError):
+    """Another process writes to the run's folder: begin elsewhere, or leave it to that one."""
 
     exit_code = EXIT_CONFIG
 

@@ -16,6 +16,7 @@ PHASES = ("data_wait", "h2d", "forward_backward", "checkpoint", "other")
 STAGES = ("fetch", "parse", "decode", "collate")
 SAMPLE_OUTCOMES = ("trained", "excluded", "filtered", "quarantined", "skipped_step")
 REQUEST_OUTCOMES = ("ok", "throttled", "error", "timeout")
+_CHECKPOINT_BUCKETS = tuple(0.01 * 2.0**i for i in range(18))
 _STEP_BUCKETS = tuple(0.05 * 1.5**i for i in range(15))
 
 
@@ -55,7 +56,21 @@ class Metrics:
         self.checkpoint_last_success_step = self._gauge("checkpoint_last_success_step", "Step it holds")
         self.checkpoint_interval = self._gauge("checkpoint_interval_seconds", "Configured interval")
         self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint")
-        self.checkpoints = self._counter("checkpoints", "Checkpoints by outcome", "outcome")
+        self.checkpoint_duration = Histogram(
+            f"{PREFIX}_checkpoint_duration_seconds",
+            "Staging, for which training waits, and upload, for which it does not",
+            ("phase",),
+            buckets=_CHECKPOINT_BUCKETS,
+            registry=self.registry,
+        )
+        self.checkpoints = self._counter(
+            "checkpoints",
+            "Checkpoints by outcome; delayed: put off behind one still being written",
+            "outcome",
+        )
+        self.checkpoint_copies = self._counter(
+            "checkpoint_copies", "Copies to checkpoint.copy_to by outcome", "outcome"
+        )
         self.samples = self._counter("samples", "Samples by outcome", "outcome")
         self.quarantined_bytes = self._counter("quarantined_bytes", "Bytes not trained, by reason", "reason")
         self.s3_requests = self._counter(
@@ -85,7 +100,9 @@ class Metrics:
             (self.stage_seconds, STAGES),
             (self.samples, SAMPLE_OUTCOMES),
             (self.s3_requests, REQUEST_OUTCOMES),
-            (self.checkpoints, ("ok", "failed")),
+            (self.checkpoints, ("ok", "failed", "delayed")),
+            (self.checkpoint_copies, ("ok", "failed")),
+            (self.checkpoint_duration, ("stage", "upload")),
         )
         for state in ("manifest", "lost"):
             self.stream_shards.labels(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
@@ -49,12 +50,14 @@ class Reporter:
         self._silent = silent
         self._live = self._stream.isatty()
         self._open_line = False
+        self._lock = threading.RLock()  # checkpoints are told of by the thread that writes them
 
     def progress(self, progress: Progress) -> None:
         """Show how far the run is."""
         if self._live:
-            self._write("\r\x1b[K" + _human(progress), end="")
-            self._open_line = True
+            with self._lock:
+                self._write("\r\x1b[K" + _human(progress), end="")
+                self._open_line = True
         else:
             fields = {name: _rounded(value) for name, value in asdict(progress).items()}
             self._json("progress", fields)
@@ -64,10 +67,9 @@ class Reporter:
         if not self._live:
             self._json(name, {"message": message, **fields})
             return
-        if self._open_line:
-            self._write("")
-            self._open_line = False
-        self._write(message)
+        with self._lock:
+            self.close()
+            self._write(message)
 
     def close(self) -> None:
         """End the live line."""
@@ -80,7 +82,9 @@ class Reporter:
         self._write(json.dumps({"time": stamp, "event": name, **fields}))
 
     def _write(self, text: str, end: str = "\n") -> None:
-        if not self._silent:
+        if self._silent:
+            return
+        with self._lock:
             self._stream.write(text + end)
             self._stream.flush()
 
