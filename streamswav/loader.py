@@ -35,6 +35,7 @@ class Batch:
         parameters: of the augmentation, float32 [all crops, B, P], on the CPU.
         ids: B identities.
         keys: B names, for people.
+        spans: B stretches in their shards: first byte, and the byte after the last.
         cursors: where the lanes are after this batch.
         sample_bytes: bytes of the samples in their shards.
         trained: tallies of the samples by source.
@@ -49,6 +50,7 @@ class Batch:
     parameters: torch.Tensor
     ids: tuple[SampleId, ...]
     keys: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
     cursors: Mapping[int, Cursor]
     sample_bytes: int
     trained: Mapping[int, Tally]
@@ -60,6 +62,13 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy the pixels to page-locked memory; the DataLoader calls this."""
         return replace(self, pixels=tuple(each.pin_memory() for each in self.pixels))
+
+    def as_skipped(self) -> list[PassedOver]:
+        """Return the samples as what is passed over because their step was not finite."""
+        return [
+            PassedOver(each.shard, each.turn, "nonfinite", *span, key, each.ordinal, "skipped_step")
+            for each, key, span in zip(self.ids, self.keys, self.spans, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,7 @@ class LaneBatches(IterableDataset[Item]):
             parameters=parameters,
             ids=tuple(sample.id for sample in share.taken),
             keys=tuple(sample.key for sample in share.taken),
+            spans=tuple((sample.start, sample.stop) for sample in share.taken),
             cursors={lane: self._lanes[lane].cursor for lane in lanes},
             sample_bytes=sum(sample.stop - sample.start for sample in share.taken),
             trained=self._tally(share.taken),

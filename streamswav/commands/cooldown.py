@@ -30,7 +30,7 @@ def cooldown(config: Config, drain: Drain, *, images: int | None) -> dict[str, A
         StreamswavError: as `pretrain`.
     """
     refuse_incomplete(config)
-    checkpoint, files = find_checkpoint(config.run.directory, Store(config.storage))
+    _, files = find_checkpoint(config.run.directory, Store(config.storage))
     position = Position.from_json(json.loads(files["position.json"]))
     saved = parse_config(yaml.safe_load(files["config.yaml"]))
     # A cool-down that was interrupted goes on to the end it had.
@@ -39,15 +39,15 @@ def cooldown(config: Config, drain: Drain, *, images: int | None) -> dict[str, A
     if position.with_passes(config.stream.passes_by_url).finished:
         reason = "the stream is at its end; a cool-down needs images: ask for one pass more"
         raise ConfigError("stream.passes", reason, value=config.stream.passes)
-    length = images or position.trained // 10
+    length = images or position.seen.samples // 10
     whole = run_samples(saved.model_copy(update={"stream": _with_passes(saved, config)}), None)
     if whole:
-        left = whole - position.trained
+        left = whole - position.seen.samples
         if images and images > left:
             reason = f"only {left} images are left in the stream: ask for fewer, or for another pass"
             raise ConfigError("--images", reason, value=images)
         length = min(length, left)
-    return pretrain(_with_end(config, length, checkpoint.images + length), drain)
+    return pretrain(_with_end(config, length, position.seen.samples + length), drain)
 
 
 def _with_passes(saved: Config, config: Config) -> StreamSection:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from streamswav.crops import Augment
 from streamswav.defaults import Facts, known, resolve, run_samples
 from streamswav.drain import Drain
 from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
-from streamswav.models import build_trunk
+from streamswav.planning import largest_batch, trunk_parameters
 from streamswav.stream.grid import Grid, fit_grid
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.position import Position
@@ -41,6 +42,7 @@ from streamswav.training.feed import Feed, Hooks
 from streamswav.training.feeding import begun_grid, build_feed, build_selection
 from streamswav.training.growth import Growth
 from streamswav.training.monitor import Monitor
+from streamswav.training.open_steps import OpenSteps
 from streamswav.training.pace import make_pace
 from streamswav.training.saver import Restored, Saver, load_into, without_secrets
 from streamswav.training.trainer import Trainer
@@ -106,6 +108,7 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
     if begun:
         refuse_other_grid(begun_grid(begun), config)
     cuda = ranks.device.type == "cuda"
+    memory = min(ranks.gather(torch.cuda.get_device_properties(ranks.device).total_memory if cuda else 0))
     facts = Facts(
         world_size=ranks.world_size,
         cores=min(ranks.gather(_cores())),
@@ -114,9 +117,12 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
         shards=len(manifest.shards),
         samples=manifest.samples,
         run_samples=manifest.total(config.stream.passes_by_url),
-        trunk_parameters=_trunk_parameters(config),
+        trunk_parameters=trunk_parameters(config),
         begun=begun,
     )
+    if cuda and config.training.batch is None and begun is None:
+        fitting = ranks.lead(lambda: largest_batch(config, facts, memory=memory))
+        facts = replace(facts, images_that_fit=fitting)
     resolved, choices = resolve(config, facts)
     for choice in choices:
         reporter.event(
@@ -146,11 +152,6 @@ def _cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
-def _trunk_parameters(config: Config) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_trunk(config.model).parameters())
-
-
 def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
     """Go on from the newest checkpoint, or begin; the summary is rank 0's, empty on others."""
     config, ranks, reporter = run.config, run.ranks, run.reporter
@@ -171,12 +172,12 @@ def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
     loss_first = restored.loss_first if restored else None
     del restored  # it holds a model and an optimizer
     if trainer.done:
-        reporter.event("done", f"{config.run.directory}: this run is done ({feed.trained:,} images)")
+        reporter.event("done", f"{config.run.directory}: this run is done ({feed.seen:,} images)")
     else:
         place = join(config.run.directory, "config.yaml")
         ranks.lead(lambda: run.store.write(place, dump_config(without_secrets(config)).encode()))
         drain.patient = True
-        monitor.begin(images=feed.trained, loss_first=loss_first)
+        monitor.begin(images=feed.seen, loss_first=loss_first)
         trainer.train()
     run.metrics.set_state("done")
     summary = ranks.lead(lambda: summarise(run, trainer, feed, monitor, saver))
@@ -206,7 +207,7 @@ def _build_trainer(
         growth=_growth(run) if config.stream.follow else None,
         hooks=Hooks(
             drain=drain,
-            wants_save=lambda: saver.due(feed.trained + feed.position.grid.batch),
+            wants_save=lambda: saver.due(feed.seen + feed.position.grid.batch),
             wants_log=monitor.log_due,
             on_passed_over=lambda each: monitor.passed_over(each, feed.shard_key(each)),
             on_idle=lambda idle: trainer.idle(idle),  # noqa: PLW0108 - it is built from this feed
@@ -224,6 +225,7 @@ def _build_trainer(
         ),
         saver=saver,
         monitor=monitor,
+        open_steps=OpenSteps(config.training, learner, feed),
         step=restored.step if restored else 0,
         images_limit=config.training.images,
         device=ranks.device,

@@ -68,6 +68,11 @@ class Position:
         """Bytes in the shards of the samples trained, all passes."""
         return self.total("trained").bytes
 
+    @property
+    def seen(self) -> Tally:
+        """What optimizer steps were given, also those that were skipped: a run's progress, all passes."""
+        return self.total("trained") + self.total("skipped_step")
+
     def total(self, outcome: str) -> Tally:
         """Return the tally of an outcome over all sources."""
         return sum(self.tallies.get(outcome, ()), Tally())

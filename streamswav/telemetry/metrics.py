@@ -49,7 +49,10 @@ class Metrics:
         self.prototype_usage = self._gauge(
             "prototype_usage_ratio", "Share of prototypes that are some image's best, over the log interval"
         )
-        self.nonfinite_steps = self._counter("nonfinite_steps", "Steps whose loss was not a number")
+        self.nonfinite_steps = self._counter(
+            "nonfinite_steps", "Steps that were skipped since loss or gradient was not finite"
+        )
+        self.nonfinite_consecutive = self._gauge("nonfinite_steps_consecutive", "Such steps in a row, now")
         self.checkpoint_last_success_timestamp = self._gauge(
             "checkpoint_last_success_timestamp_seconds", "When the last checkpoint was committed"
         )

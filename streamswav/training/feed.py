@@ -117,14 +117,14 @@ class Feed:
         self.unwritten: list[PassedOver] = []
 
     @property
-    def trained(self) -> int:
-        """Samples trained by all ranks, this moment."""
-        return self.position.trained + self._batches * self.position.grid.batch
+    def seen(self) -> int:
+        """Samples that steps were given by all ranks, this moment."""
+        return self.position.seen.samples + self._batches * self.position.grid.batch
 
     @property
-    def committed_bytes(self) -> int:
-        """Bytes in the shards of the samples trained by all ranks, this moment."""
-        return self.position.trained_bytes + self._sample_bytes
+    def seen_bytes(self) -> int:
+        """Their bytes in the shards."""
+        return self.position.seen.bytes + self._sample_bytes
 
     @property
     def skipped(self) -> int:
@@ -147,6 +147,12 @@ class Feed:
         self._batches += 1
         self._sample_bytes += batch.sample_bytes
         self._record(batch.quarantined)
+
+    def skip(self, batch: Batch) -> None:
+        """Count a batch that was committed, at whatever step, as one whose step was skipped."""
+        for source, tally in batch.trained.items():
+            self._tallies[source] = self._tallies[source] - tally
+        self._passed += batch.as_skipped()
 
     def synchronise(self) -> Position:
         """Bring all ranks' commits together; every rank must call this after the same step."""
@@ -231,7 +237,7 @@ class Feed:
         counted = () if exhausted and not isinstance(item, Exhausted) else found
         bad = tuple(each for share in self._ranks.gather(counted) for each in share) if skipped else ()
         # Nothing found spends no budget, but the end of the probation may find it spent.
-        on_probation = self.trained < self._settings.budgets.skip_probation
+        on_probation = self.seen < self._settings.budgets.skip_probation
         if skipped or (self._on_probation and not on_probation):
             self._check_budget(bad)
         self._on_probation = on_probation
@@ -244,8 +250,8 @@ class Feed:
         self._settings.budgets.check(
             self.position,
             found,
-            trained=self.trained,
-            trained_bytes=self.committed_bytes,
+            trained=self.seen,
+            trained_bytes=self.seen_bytes,
             run_bytes=self._run_bytes,
             evidence=self._evidence,
         )
@@ -393,7 +399,7 @@ class Feed:
         """
         following = self.position.next_turn(left)
         if following.finished:
-            if following.trained == 0:
+            if following.seen.samples == 0:
                 self._refuse_too_few(_count(left))
             left = self._sift(left)
             following = self.position.next_turn(left)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from streamswav.errors import NonFiniteError, StreamswavError
+from streamswav.errors import StreamswavError
 from streamswav.loader import Batch
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver
@@ -18,6 +18,7 @@ from streamswav.telemetry.progress import Progress, Reporter
 from streamswav.training.checkpoint import Checkpoint
 from streamswav.training.distributed import Ranks
 from streamswav.training.learner import StepResult
+from streamswav.training.open_steps import Settled
 from streamswav.training.watchdog import Watchdog
 
 
@@ -51,6 +52,7 @@ class Monitor:
         self._state = "init"
         self._images_begun = self._images_logged = 0
         self._losses = torch.zeros((), device=ranks.device)
+        self._counted = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._used = torch.zeros(prototypes, dtype=torch.bool, device=ranks.device)
         self._steps = 0
         self._trained = 0
@@ -96,9 +98,11 @@ class Monitor:
     def stepped(self, batch: Batch, result: StepResult, *, step: int, images: int, rate: float) -> None:
         """Record one step."""
         self._watchdog.enter("step")
-        if self.loss_first is None:
+        if self.loss_first is None:  # the first step is logged at once, so it may be read
             self.loss_first = self._mean_over_ranks(float(result.loss))
-        self._losses += result.loss
+        # A loss that is not finite was skipped with its step.
+        self._losses += torch.where(result.skipped, 0.0, result.loss)
+        self._counted += result.skipped.logical_not()
         self._used[result.scores.argmax(dim=-1).flatten()] = True
         self._steps += 1
         metrics, now = self.metrics, time.perf_counter()
@@ -106,8 +110,6 @@ class Monitor:
         self._account("other", max(0.0, now - self._stepped - self._accounted))
         self._accounted = 0.0
         metrics.step.set(step)
-        metrics.images.inc(images - self._trained)
-        metrics.samples.labels("trained").inc(images - self._trained)
         metrics.last_step_timestamp.set(time.time())
         metrics.learning_rate.set(rate)
         for stage, seconds in batch.seconds.items():
@@ -116,6 +118,26 @@ class Monitor:
             metrics.s3_requests.labels(outcome).inc()
             metrics.s3_received_bytes.inc(received)
         self._stepped, self._trained = now, images
+
+    def settled(self, settled: Settled, *, in_a_row: int) -> None:
+        """Record which of the last steps counted."""
+        metrics = self.metrics
+        metrics.images.inc(settled.trained)
+        metrics.samples.labels("trained").inc(settled.trained)
+        metrics.samples.labels("skipped_step").inc(settled.skipped)
+        metrics.nonfinite_steps.inc(settled.skipped_steps)
+        metrics.nonfinite_consecutive.set(in_a_row)
+        if settled.skipped_steps:
+            self._reporter.event(
+                "skipped_steps",
+                f"{settled.skipped_steps} steps were skipped: their loss or gradient was not finite",
+                steps=settled.skipped_steps,
+                in_a_row=in_a_row,
+            )
+
+    def put_off(self, step: int) -> None:
+        """Tell that a checkpoint waits for a step that is finite."""
+        self._reporter.event("put_off", "the checkpoint waits for a step that is finite", step=step)
 
     def passed_over(self, each: PassedOver, shard: str) -> None:
         """Record bytes of a shard that are not trained."""
@@ -143,14 +165,11 @@ class Monitor:
         self.metrics.stream_shards.labels("manifest").set(len(manifest.shards))
 
     def log(self, *, step: int, images: int, fraction: float, rate: float, quarantined: int) -> None:
-        """Read the loss from the device, tell it; every rank must call this after the same step.
-
-        Raises:
-            NonFiniteError: the loss is no number any more.
-        """
+        """Read the loss from the device, tell it; every rank must call this after the same step."""
         if self._steps == 0:
             return
-        loss = self._mean_over_ranks(float(self._losses) / self._steps)
+        counted = int(self._counted)
+        loss = self._mean_over_ranks(float(self._losses) / counted if counted else math.nan)
         usage = float(self._used.float().mean())
         now = time.perf_counter()
         seconds = max(now - self._logged, 1e-9)
@@ -180,13 +199,8 @@ class Monitor:
         )
         self._logged, self._images_logged, self._phases, self._steps = now, images, {}, 0
         self._losses.zero_()
+        self._counted.zero_()
         self._used.zero_()
-        if not math.isfinite(loss):
-            self.metrics.nonfinite_steps.inc()
-            raise NonFiniteError(
-                f"the loss is {loss} at step {step}: lower optimizer.rate, raise swav.epsilon, or use "
-                "training.precision float32; the last checkpoint is from before"
-            )
 
     @property
     def images_per_second(self) -> float:

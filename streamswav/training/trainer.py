@@ -8,11 +8,18 @@ from collections.abc import Iterator
 import torch
 
 from streamswav.crops import Augment
-from streamswav.errors import BudgetSpentError, DrainedError, StorageError, UnavailableError
+from streamswav.errors import (
+    BudgetSpentError,
+    DrainedError,
+    NonFiniteError,
+    StorageError,
+    UnavailableError,
+)
 from streamswav.loader import Batch
 from streamswav.training.feed import Feed
 from streamswav.training.learner import Learner
 from streamswav.training.monitor import Monitor
+from streamswav.training.open_steps import OpenSteps, refuse_unbounded
 from streamswav.training.pace import Pace
 from streamswav.training.saver import Saver
 
@@ -35,13 +42,14 @@ class Trainer:
         pace: Pace,
         saver: Saver,
         monitor: Monitor,
+        open_steps: OpenSteps,
         step: int,
         images_limit: int | None,
         device: torch.device,
     ) -> None:
         self._learner, self._feed, self._augment, self._pace = learner, feed, augment, pace
         self._saver, self._monitor, self._images_limit = saver, monitor, images_limit
-        self._device = device
+        self._device, self._open_steps = device, open_steps
         self.step = step
 
     def train(self) -> None:
@@ -53,7 +61,7 @@ class Trainer:
         """
         feed, monitor = self._feed, self._monitor
         for batch in self._batches():
-            stride = self._pace.stride(feed.trained, feed.committed_bytes)
+            stride = self._pace.stride(feed.seen, feed.seen_bytes)
             with monitor.phase("h2d"):
                 crops = self._augmented(batch)
             with monitor.phase("forward_backward"):
@@ -64,32 +72,35 @@ class Trainer:
                     use_queue=stride.use_queue,
                 )
             feed.commit(batch)
+            self._open_steps.add(batch, result)
             self.step += 1
-            monitor.stepped(batch, result, step=self.step, images=feed.trained, rate=stride.rate)
-            if feed.log_agreed or feed.save_agreed:  # a checkpoint must not hold what is not finite
-                feed.synchronise()
-                self._log(stride.rate)
+            monitor.stepped(batch, result, step=self.step, images=feed.seen, rate=stride.rate)
+            if feed.log_agreed or feed.save_agreed:
+                self._look(stride.rate)
             if feed.save_agreed:
                 self._save()
         if feed.drained:
             monitor.draining()
-        self._log(self._rate)
-        self._save()
+        self._look(self._rate, last=not feed.drained)
+        saved = self._save(last=not feed.drained)
         if feed.drained:
-            raise DrainedError(f"drained after a signal at step {self.step}: the same command continues")
+            since = "" if saved else "; the last steps were not finite: it begins again before them"
+            raise DrainedError(
+                f"drained after a signal at step {self.step}: the same command continues{since}"
+            )
 
     def idle(self, idle: bool) -> None:
         """Save before a wait for new shards that may be long; every rank is called after the same step."""
         self._monitor.waiting(idle)
         if idle and self.step:
-            self._log(self._rate)
+            self._look(self._rate)
             self._save()
 
     @property
     def done(self) -> bool:
         """Whether there is nothing left to train."""
         limit = self._images_limit
-        return self._feed.position.finished or (limit is not None and self._feed.trained >= limit)
+        return self._feed.position.finished or (limit is not None and self._feed.seen >= limit)
 
     def _batches(self) -> Iterator[Batch]:
         batches = iter(self._feed)
@@ -110,7 +121,7 @@ class Trainer:
         The checkpoints may lie where the shards do, so storage is given little time.
         """
         if self.step:
-            self._log(self._rate)
+            self._look(self._rate)
             with contextlib.suppress(StorageError):
                 self._save(self._saver.hurried(RESCUE_SECONDS))
 
@@ -126,22 +137,51 @@ class Trainer:
     @property
     def _rate(self) -> float:
         """Learning rate of the step that would come next."""
-        return self._pace.stride(self._feed.trained, self._feed.committed_bytes).rate
+        return self._pace.stride(self._feed.seen, self._feed.seen_bytes).rate
 
-    def _log(self, rate: float) -> None:
-        images = self._feed.trained
+    def _look(self, rate: float, *, last: bool = False) -> None:
+        """Read what the steps since the last look came to; every rank must call this after the same step.
+
+        Raises:
+            NonFiniteError: too many of them were skipped; their samples are listed.
+        """
+        feed, steps = self._feed, self._open_steps
+        self._monitor.settled(steps.settle(), in_a_row=steps.in_a_row)
+        feed.synchronise()
         self._monitor.log(
             step=self.step,
-            images=images,
-            fraction=self._pace.fraction(images, self._feed.committed_bytes),
+            images=feed.seen,
+            fraction=self._pace.fraction(feed.seen, feed.seen_bytes),
             rate=rate,
-            quarantined=self._feed.skipped,
+            quarantined=feed.skipped,
         )
+        try:
+            steps.check(self.step, last=last)
+        except NonFiniteError:
+            self._saver.list_passed_over(feed, step=self.step)
+            raise
 
-    def _save(self, saver: Saver | None = None) -> None:
+    def _save(self, saver: Saver | None = None, *, last: bool = False) -> bool:
+        """Save, unless the last steps were skipped: what they met may be what the weights have become.
+
+        Args:
+            saver: another than usual.
+            last: the run ends here, so it is saved all the same.
+
+        Returns:
+            Whether everything up to this step is saved.
+
+        Raises:
+            NonFiniteError: the weights are out of all bounds.
+        """
         feed, monitor = self._feed, self._monitor
+        if self._open_steps.in_a_row and not last:
+            monitor.put_off(self.step)
+            return False
+        refuse_unbounded(self._learner, self.step)
         with monitor.saving():
             saver = saver or self._saver
             saved = saver.save(self._learner, feed, step=self.step, loss_first=monitor.loss_first)
         if saved:
             monitor.saved(saved)
+        return True
