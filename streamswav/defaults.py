@@ -70,8 +70,7 @@ class Facts:
         samples: in one pass, where the producers counted; else None.
         run_samples: in all passes, where they counted; else None.
         trunk_parameters: their number.
-        images_that_fit: a rank's, of which a step fills 80% of a GPU's memory at most (`planning.largest_batch`);
-            None where there is no GPU, or nobody asked.
+        images_that_fit: a rank's, of which a step fills 80% of a GPU's memory at most; None: not known.
         begun: the complete configuration of the run that is continued; else None.
     """
 

@@ -120,8 +120,8 @@ def _verdict(plan: Plan) -> str:
     if fit.fits:
         return "fits" if fit.share <= 0.9 else "fits, but only just"
     if fit.fitting_from is None:
-        return f"does not fit, nor with {fit.world_sizes[-1]} GPUs; lower training.batch, or take larger GPUs"
-    return f"does not fit; this batch needs {fit.fitting_from} GPUs of this type, or a smaller training.batch"
+        return f"does not fit, nor on {fit.world_sizes[-1]} GPUs; try training.micro_batches, or larger GPUs"
+    return f"does not fit; take {fit.fitting_from} GPUs, training.micro_batches or activation_checkpointing"
 
 
 def _describe_speed(plan: Plan) -> Iterator[str]:

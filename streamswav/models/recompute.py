@@ -31,12 +31,16 @@ def recompute(part: nn.Module, images: Tensor) -> Tensor:
 
 @contextmanager
 def _resting_statistics(part: nn.Module) -> Iterator[None]:
-    """Normalise by the statistics of the batch without taking note of them."""
-    norms = [each for each in part.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
-    for each in norms:
-        each.track_running_stats = False
+    """Normalise by the statistics of the batch and take note of them in copies, which are thrown away.
+
+    Without running statistics a batch norm would save fewer tensors than before, and `checkpoint` refuse it.
+    """
+    norms = [each for each in part.modules() if isinstance(each, _BatchNorm)]
+    kept = [dict(each._buffers) for each in norms]
+    for each, buffers in zip(norms, kept, strict=True):
+        each._buffers.update({name: held.clone() for name, held in buffers.items() if held is not None})
     try:
         yield
     finally:
-        for each in norms:
-            each.track_running_stats = True
+        for each, buffers in zip(norms, kept, strict=True):
+            each._buffers.update(buffers)

@@ -102,6 +102,16 @@ class Ledger:
         elif self._parts[key] == CODES:
             self.saved += self._sizes[key]
 
+    def keep(self, results: Iterable[Tensor]) -> None:
+        """At the end of the forward pass: what is still there, but its results, waits for the backward pass.
+
+        That is what is computed anew from, which no hook is told of.
+        """
+        given = {each.untyped_storage()._cdata for each in results}
+        for key, part in self._parts.items():
+            if part == TEMPORARIES and key not in given:
+                self._move(key, ACTIVATIONS)
+
     def _move(self, key: int, part: str) -> None:
         self.held[self._parts[key]] -= self._sizes[key]
         self.held[part] += self._sizes[key]
@@ -134,6 +144,10 @@ def watch(ledger: Ledger, network: nn.Module, optimizer: torch.optim.Optimizer) 
 
         return set_phase
 
+    def leave(_module: nn.Module, _given: Any, results: Any) -> None:
+        ledger.keep(each for each in tree_leaves(results) if isinstance(each, Tensor))
+        ledger.phase = OBJECTIVE
+
     def gradient(parameter: Tensor) -> None:
         ledger.phase = BACKWARD
         ledger.hold([parameter.grad], GRADIENTS)
@@ -148,7 +162,7 @@ def watch(ledger: Ledger, network: nn.Module, optimizer: torch.optim.Optimizer) 
 
     handles = [
         network.register_forward_pre_hook(enter(FORWARD)),
-        network.register_forward_hook(enter(OBJECTIVE)),
+        network.register_forward_hook(leave),
         optimizer.register_step_pre_hook(enter(OPTIMIZER)),
         *(
             each.register_post_accumulate_grad_hook(gradient)  # type: ignore[no-untyped-call]  # torch's

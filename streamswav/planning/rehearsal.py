@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamswav.config import Config
 from streamswav.defaults import known
-from streamswav.models import SwAVNetwork, build_network
+from streamswav.models import SwAVNetwork, Trunk, build_network
 from streamswav.planning.ledger import CROPS, GRADIENTS, QUEUE, STATE, WEIGHTS, Ledger, watch
 from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
 from streamswav.training.learner import Learner
@@ -26,6 +26,7 @@ class Rehearsal:
     Attributes:
         ledger: memory and operations of the step.
         trunk, head, prototypes: parameters.
+        standing: bytes by part once the step is over: what stays.
         buffers: bytes of the network's buffers (running statistics).
         optimizer: bytes of the optimizer's state.
         queue: bytes of this rank's queue.
@@ -37,6 +38,7 @@ class Rehearsal:
     trunk: int
     head: int
     prototypes: int
+    standing: dict[str, int]
     buffers: int
     optimizer: int
     queue: int
@@ -70,6 +72,9 @@ def rehearse(config: Config, *, world_size: int, local: int | None = None) -> Re
 
 def _rehearse(config: Config, *, world_size: int, local: int) -> Rehearsal:
     network = build_network(config.model, prototypes=known(config.swav.prototypes))
+    network.chunks = config.training.micro_batches
+    assert isinstance(network.trunk, Trunk)
+    network.trunk.recompute_blocks = config.training.activation_checkpointing
     optimizer = build_optimizer(config.optimizer, network.parameters())
     _fill_state(network, optimizer)
     queue = _full_queue(config, world_size)
@@ -90,6 +95,7 @@ def _rehearse(config: Config, *, world_size: int, local: int) -> Rehearsal:
     ledger.hold((each.grad for each in parameters), GRADIENTS)
     return Rehearsal(
         ledger,
+        standing=dict(ledger.held),
         trunk=_count(network.trunk),
         head=_count(network.projection_head),
         prototypes=_count(network.prototypes),

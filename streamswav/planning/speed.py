@@ -24,8 +24,8 @@ class Flops:
     """Floating point operations of a step of one GPU; a multiply-add is two.
 
     Attributes:
-        forward: of the network, once more where it is computed again for the backward pass.
-        backward: of its gradients.
+        forward: of the network.
+        backward: of its gradients, and of what is computed again for them.
         objective: of the queue's scores.
         image: all of a step for one image.
     """

@@ -126,16 +126,18 @@ def _ring(size: int, ranks: int) -> int:
 
 
 def _sync_batch_norm(rehearsal: Rehearsal, config: Config, world_size: int) -> int:
-    """Forward all ranks' means, deviations and counts are gathered, backward two sums are reduced, a pass."""
+    """In a forward pass means, deviations and counts are gathered, in a backward one two sums reduced."""
     share = min(config.training.sync_batch_norm or world_size, world_size)
     if share == 1:
         return 0
     trunk, head = rehearsal.normalised
-    passes = len(_joined(config.crops.sizes))
+    training = config.training
+    passes = len(_joined(config.crops.sizes)) * training.micro_batches
+    forward = 2 if training.activation_checkpointing or training.micro_batches > 1 else 1
     total = 0
-    for channels, times in ((trunk, passes), (head, 1)):
+    for channels, times, again in ((trunk, passes, forward), (head, 1, 1)):
         for each in channels:
-            gathered = (2 * each + 1) * _FLOAT * (share - 1)
+            gathered = again * (2 * each + 1) * _FLOAT * (share - 1)
             total += times * (gathered + _ring(2 * each * _FLOAT, share))
     return total
 
