@@ -115,6 +115,19 @@ def test_the_batch_is_about_the_papers_a_rank_and_4096_at_most(world_size, width
     assert chosen({"model": {"width": width}}, world_size=world_size).training.batch == batch
 
 
+@pytest.mark.parametrize(
+    ("world_size", "fitting", "batch"), [(1, 256, 256), (8, 128, 1024), (64, 256, 4096), (3, 1, 3)]
+)
+def test_on_a_gpu_the_batch_is_what_fits_and_4096_at_most(world_size, fitting, batch):
+    assert chosen(world_size=world_size, images_that_fit=fitting).training.batch == batch
+
+
+def test_a_run_that_has_begun_keeps_its_batch_whatever_fits_now():
+    begun = chosen(world_size=8, images_that_fit=64)
+    assert chosen(world_size=4, images_that_fit=256, begun=begun).training.batch == 512
+    assert chosen({"training": {"batch": 32}}, world_size=8, images_that_fit=256).training.batch == 32
+
+
 def test_a_batch_that_the_ranks_do_not_divide_is_refused():
     with pytest.raises(ConfigError, match=r"training\.batch = 100: must be a multiple of the 8 ranks"):
         chosen({"training": {"batch": 100}}, world_size=8)
