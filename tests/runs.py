@@ -226,19 +226,19 @@ def start(
     return Running(Fork(arguments, output, [dict(environment)]), output)
 
 
-def start_ranks(count: int, arguments: Sequence[str], folder: Path, *, torchrun: bool = False) -> Running:
-    """Start `streamswav` on several ranks of this machine, by torchrun or, seconds faster, forked."""
+def start_ranks(
+    count: int,
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    launcher: Sequence[str] | None = None,
+    environment: Mapping[str, str] = EMPTY,
+) -> Running:
+    """Start `streamswav` on several ranks: under `streamswav launch` with these flags or, sooner, forked."""
     output = _output(folder)
-    if torchrun:
-        launcher = [
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(count),
-            "-m",
-            "streamswav",
-        ]
-        return Running(Script([sys.executable, "-m", *launcher, *arguments], output, EMPTY), output)
+    if launcher is not None:
+        command = [COMMAND, "launch", "--nproc-per-node", str(count), *launcher, *arguments]
+        return Running(Script(command, output, environment), output)
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
     shared["MASTER_PORT"] = free_port()
     each = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]

@@ -93,6 +93,6 @@ def _look(watchdog: Watchdog, over: threading.Event, rank: int) -> None:
             os._exit(EXIT_RETRY)
         if beat.limit:
             left = beat.since + beat.limit - time.monotonic()
-            faulthandler.dump_traceback_later(max(0.0, left) + 10 * LOOK_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(max(0.0, left) + 4 * LOOK_SECONDS, exit=True)
         else:
             faulthandler.cancel_dump_traceback_later()

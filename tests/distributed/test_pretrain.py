@@ -7,6 +7,8 @@ import signal
 import pytest
 from runs import arguments, differences, newest, run, start_ranks, state_of
 
+from streamswav.errors import EXIT_RETRY
+
 COUNTS = [25, 14, 31, 20, 9]
 
 
@@ -67,7 +69,7 @@ def saved_after(step):
 def interrupted(command, tmp_path_factory):
     """A run that was drained, then killed; and what it said when it was drained."""
     folder = tmp_path_factory.mktemp("interrupted")
-    with start_ranks(2, command(folder / "run"), folder / "first", torchrun=True) as running:
+    with start_ranks(2, command(folder / "run"), folder / "first", launcher=[]) as running:
         running.wait_until(saved_after(2))
         running.signal(signal.SIGTERM)
         drained = running.wait(30)
@@ -82,6 +84,7 @@ def interrupted(command, tmp_path_factory):
 
 def test_a_signal_to_the_launcher_drains_all_ranks(interrupted):
     _, drained = interrupted
+    assert drained.code == EXIT_RETRY
     steps = [drained.of(name)[-1]["step"] for name in ("checkpoint", "progress")]
     assert steps[0] == steps[1], drained.err[-4000:]
     (line,) = (line for line in drained.said if line.startswith("streamswav: "))
