@@ -133,10 +133,13 @@ def _declare_stream(parser: argparse.ArgumentParser) -> None:
 
 
 def _launch(arguments: Sequence[str]) -> int:
+    environment = dict(os.environ)
+    # A node that is late is told in one line; torch's C++ would add pages, here but not in the ranks.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from streamswav.launch import launch  # noqa: PLC0415
 
     return launch(
-        arguments, os.environ, commands=_WITH_RANKS, check=lambda command: _read_config(_parse(command))
+        arguments, environment, commands=_WITH_RANKS, check=lambda command: _read_config(_parse(command))
     )
 
 
