@@ -238,14 +238,15 @@ def _declare_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from streamswav.commands.plan import run_plan  # noqa: PLC0415
+    from streamswav.commands.plan import refuse_nonsense, run_plan  # noqa: PLC0415
 
+    refuse_nonsense(arguments)
     files, arguments.keys = _split_urls(arguments.keys)
     if len(files) > 1 or (files and arguments.config):
         raise ConfigError("plan", "takes one configuration", value=" ".join(files))
     arguments.config = Path(files[0]) if files else arguments.config
     if arguments.samples is not None:
-        arguments.keys += ["--stream.samples", str(arguments.samples)]
+        arguments.keys += ["--stream.samples", f"{arguments.samples:.0f}"]
     run_plan(arguments, _read_config(arguments))
 
 

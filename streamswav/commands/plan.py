@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, default=8, metavar="N", help="GPUs, a rank each (default: 8)")
     add("--gpu", default=_GPU, metavar="TYPE", help=f"their type (default: {_GPU})")
     add("--hourly-rate", type=float, metavar="X", help="price of one GPU for an hour, in any currency")
-    add("--samples", type=int, metavar="N", help="samples in one pass, as --stream.samples")
+    add("--samples", type=float, metavar="N", help="samples in one pass, as --stream.samples")
     add("--sample-bytes", type=float, metavar="B", help="mean size of a sample in its shard")
     add(
         "--efficiency",
@@ -64,7 +64,6 @@ def run_plan(arguments: argparse.Namespace, config: Config) -> None:
         ConfigError: an argument, or a configuration, that cannot work.
         StorageError: with `--list`, as the listing.
     """
-    _refuse_nonsense(arguments)
     sizes, samples = _list(config) if arguments.list else ([], (None, None))
     plan = make_plan(
         Request(
@@ -176,7 +175,12 @@ def _describe_resuming(plan: Plan) -> Iterator[str]:
     yield f"  on any other number up to {plan.batch:,} what is left is dealt again, still once each"
 
 
-def _refuse_nonsense(arguments: argparse.Namespace) -> None:
+def refuse_nonsense(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
     for name in ("gpus", "hourly_rate", "sample_bytes", "samples"):
         value = getattr(arguments, name)
         if value is not None and not (math.isfinite(value) and value > 0):

@@ -151,7 +151,12 @@ def make_plan(request: Request) -> Plan:
     rehearsal = take(local)
     precision = config.training.precision
     speed = estimate_speed(
-        rehearsal.ledger, gpu, precision=precision, local=local, efficiency=request.efficiency
+        rehearsal.ledger,
+        gpu,
+        precision=precision,
+        local=local,
+        efficiency=request.efficiency,
+        paper=(config.model.trunk, config.model.width) == ("resnet50", 1.0),
     )
     sample_bytes, total = _sample_bytes(request), _run_samples(config, request)
     memory = count_memory(rehearsal, config, world_size=world_size, local=local)

@@ -48,7 +48,7 @@ class Speed:
         arithmetic_share: of the roofline's time, where arithmetic is the limit and not memory bandwidth.
         mfu: floating point operations a second over the GPU's peak.
         published_images_per_second: the paper's rate on a V100, by operations from its setting to this one;
-            None on other GPUs.
+            None for other trunks and GPUs.
     """
 
     images_per_second: float
@@ -68,15 +68,20 @@ def count_flops(ledger: Ledger, *, local: int) -> Flops:
     return Flops(forward, backward, objective, whole / local)
 
 
-def estimate_speed(ledger: Ledger, gpu: Gpu, *, precision: str, local: int, efficiency: float) -> Speed:
-    """Bound the time of a step by its operations, each at the GPU's peaks, and divide by the efficiency."""
+def estimate_speed(
+    ledger: Ledger, gpu: Gpu, *, precision: str, local: int, efficiency: float, paper: bool = False
+) -> Speed:
+    """Bound the time of a step by its operations, each at the GPU's peaks, and divide by the efficiency.
+
+    `paper` says that the trunk is the one that the paper has a speed of.
+    """
     peak = gpu.peak(precision)
     arithmetic = [each.flops / peak for each in ledger.work]
     movement = [each.moved / gpu.bandwidth for each in ledger.work]
     bound = sum(map(max, arithmetic, movement))
     limited = sum(a for a, m in zip(arithmetic, movement, strict=True) if a > m)
     image = sum(each.flops for each in ledger.work) / local
-    published = PUBLISHED_RATE * PUBLISHED_FLOPS / image if gpu.name.startswith("V100") else None
+    published = PUBLISHED_RATE * PUBLISHED_FLOPS / image if paper and gpu.name.startswith("V100") else None
     rate = local / bound * efficiency
     return Speed(
         images_per_second=rate,
