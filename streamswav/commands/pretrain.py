@@ -18,6 +18,8 @@ from streamswav.commands.run_folder import (
     Run,
     checkpoints_of,
     freeze_manifest,
+    hold_lease,
+    mirror_of,
     read_begun,
     refuse_other_grid,
 )
@@ -41,6 +43,7 @@ from streamswav.training.distributed import Ranks, join_ranks, local_world_size,
 from streamswav.training.feed import Feed, Hooks
 from streamswav.training.feeding import begun_grid, build_feed, build_selection
 from streamswav.training.growth import Growth
+from streamswav.training.lease import Lease
 from streamswav.training.monitor import Monitor
 from streamswav.training.open_steps import OpenSteps
 from streamswav.training.pace import make_pace
@@ -49,6 +52,7 @@ from streamswav.training.trainer import Trainer
 from streamswav.training.watchdog import Watchdog, watch
 
 _LEADER_FIRST_SECONDS = 2.0
+_CLOSE_SECONDS = 60.0
 
 
 def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
@@ -76,7 +80,9 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
                 lambda: stack.enter_context(serve_metrics(metrics, port=section.port, bind=section.bind))
             )
             reporter = stack.enter_context(closing(Reporter(silent=not ranks.leads)))
-            return _train(_prepare(config, ranks, metrics, reporter), drain, watchdog)
+            with hold_lease(config, ranks, reporter) as lease:
+                run = _prepare(config, ranks, metrics, reporter, lease=lease)
+                return _train(run, drain, watchdog)
         except StreamswavError as error:
             metrics.set_state("draining" if isinstance(error, DrainedError) else "failed")
             if ranks.leads:
@@ -99,7 +105,7 @@ def refuse_incomplete(config: Config) -> None:
         raise ConfigError("run.directory", "say where the run is kept, as --run.directory runs/first")
 
 
-def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter) -> Run:
+def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter, *, lease: Lease) -> Run:
     """List the shards, choose what was left open, and say so."""
     _set_up_torch(config, ranks)
     store = Store(config.storage)
@@ -134,7 +140,7 @@ def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter)
             f"{redact(config.stream.urls[0])}: {manifest.samples} samples are fewer than one global batch "
             f"(training.batch = {batch}); lower it or add data"
         )
-    return Run(resolved, manifest, ranks, store, reporter, metrics)
+    return Run(resolved, manifest, ranks, store, reporter, metrics, lease)
 
 
 def _set_up_torch(config: Config, ranks: Ranks) -> None:
@@ -155,8 +161,8 @@ def _cores() -> int:
 def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
     """Go on from the newest checkpoint, or begin; the summary is rank 0's, empty on others."""
     config, ranks, reporter = run.config, run.ranks, run.reporter
-    folder = checkpoints_of(config, run.store, lambda text: reporter.event("warning", text))
-    saver = Saver(folder, run.store, config, ranks)
+    folder = checkpoints_of(config, run.store, lambda text: reporter.event("warning", text), lease=run.lease)
+    saver = Saver(folder, run.store, config, ranks, mirror=mirror_of(run))
     restored = saver.restore()
     monitor = Monitor(
         run.metrics,
@@ -166,6 +172,7 @@ def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
         log_seconds=config.telemetry.log_seconds,
         watchdog=watchdog,
     )
+    saver.listener = monitor
     monitor.describe(run.manifest, _about(config, ranks))
     run.metrics.checkpoint_interval.set(60 * (config.checkpoint.minutes or math.inf))
     trainer, feed = _build_trainer(run, saver, monitor, restored, drain)
@@ -178,9 +185,15 @@ def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
         ranks.lead(lambda: run.store.write(place, dump_config(without_secrets(config)).encode()))
         drain.patient = True
         monitor.begin(images=feed.seen, loss_first=loss_first)
-        trainer.train()
+        try:
+            trainer.train()
+        except StreamswavError:
+            saver.close(_CLOSE_SECONDS)
+            raise
     run.metrics.set_state("done")
     summary = ranks.lead(lambda: summarise(run, trainer, feed, monitor, saver))
+    with watchdog.within("checkpoint"):
+        saver.close()
     return summary if ranks.leads else {}
 
 

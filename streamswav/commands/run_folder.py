@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import yaml
 
 from streamswav.config import Config, parse_config
-from streamswav.errors import ConfigError, PositionError
+from streamswav.errors import ConfigError, PositionError, StreamswavError
 from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest, Shard, list_manifest
 from streamswav.stream.redaction import newest_version
@@ -18,6 +19,8 @@ from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.checkpoint import CheckpointFolder
 from streamswav.training.distributed import Ranks
+from streamswav.training.lease import Lease
+from streamswav.training.mirror import Mirror
 
 MANIFEST_FILE = "manifest.json"
 LEFT_FILE = "left.jsonl"
@@ -34,6 +37,7 @@ class Run:
     store: Store
     reporter: Reporter
     metrics: Metrics
+    lease: Lease
 
 
 def freeze_manifest(config: Config, store: Store, reporter: Reporter, *, begun: bool) -> Manifest:
@@ -107,10 +111,53 @@ def read_begun(config: Config, store: Store) -> Config | None:
 
 
 def checkpoints_of(
-    config: Config, store: Store, warn: Callable[[str], None] = lambda _: None
+    config: Config,
+    store: Store,
+    warn: Callable[[str], None] = lambda _: None,
+    *,
+    lease: Lease | None = None,
 ) -> CheckpointFolder:
     """Return where the run keeps its checkpoints."""
-    return CheckpointFolder(join(config.run.directory, "checkpoints"), store, warn=warn)
+    return CheckpointFolder(join(config.run.directory, "checkpoints"), store, lease=lease, warn=warn)
+
+
+@contextmanager
+def hold_lease(config: Config, ranks: Ranks, reporter: Reporter) -> Iterator[Lease]:
+    """Be the only one that writes to the run's folder; rank 0 sees to it for all.
+
+    Raises:
+        LeaseError: another process writes there.
+    """
+    store = Store(config.storage)
+    lease = Lease(
+        config.run.directory,
+        store,
+        seconds=config.checkpoint.lease_seconds,
+        tell=lambda text: reporter.event("lease", text),
+    )
+    ranks.lead(lambda: lease.acquire(above=checkpoints_of(config, store).last_writer()))
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def mirror_of(run: Run) -> Mirror | None:
+    """Return what copies the run to its second place, if it has one.
+
+    Raises:
+        ConfigError: it lies within the first.
+    """
+    target, metrics = run.config.checkpoint.copy_to, run.metrics
+    if not target:
+        return None
+
+    def tell(error: StreamswavError | None) -> None:
+        metrics.checkpoint_copies.labels("failed" if error else "ok").inc()
+        if error:
+            run.reporter.event("warning", f"the copy in {redact(target)} is behind: {error}")
+
+    return Mirror(run.config.run.directory, target, run.store, tell=tell)
 
 
 def refuse_other_grid(begun: Grid, config: Config) -> None:

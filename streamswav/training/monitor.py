@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 
-from streamswav.errors import StreamswavError
 from streamswav.loader import Batch
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver
@@ -87,12 +86,8 @@ class Monitor:
     def saving(self) -> Iterator[None]:
         """Account the time within to the checkpoint."""
         self.metrics.set_state("checkpoint")
-        try:
-            with self.phase("checkpoint"), self._watchdog.within("checkpoint"):
-                yield
-        except StreamswavError:
-            self.metrics.checkpoints.labels("failed").inc()
-            raise
+        with self.phase("checkpoint"), self._watchdog.within("checkpoint"):
+            yield
         self.metrics.set_state(self._state)
 
     def stepped(self, batch: Batch, result: StepResult, *, step: int, images: int, rate: float) -> None:
@@ -207,8 +202,22 @@ class Monitor:
         """Speed over all that this process trained."""
         return (self._trained - self._images_begun) / max(self._stepped - self._began, 1e-9)
 
-    def saved(self, checkpoint: Checkpoint) -> None:
-        """Record a checkpoint."""
+    def staged(self, seconds: float) -> None:
+        """Record for how long training stood still for a snapshot."""
+        self.metrics.checkpoint_duration.labels("stage").observe(seconds)
+
+    def save_delayed(self) -> None:
+        """Record that a checkpoint is put off, since the one before is still being written."""
+        self.metrics.checkpoints.labels("delayed").inc()
+
+    def save_failed(self, reason: str) -> None:
+        """Record a checkpoint that could not be written."""
+        self.metrics.checkpoints.labels("failed").inc()
+        self._reporter.event("warning", reason)
+
+    def saved(self, checkpoint: Checkpoint, seconds: float) -> None:
+        """Record a checkpoint that is committed, and how long its writing took."""
+        self.metrics.checkpoint_duration.labels("upload").observe(seconds)
         self.metrics.checkpoints.labels("ok").inc()
         self.metrics.checkpoint_last_success_timestamp.set(time.time())
         self.metrics.checkpoint_last_success_step.set(checkpoint.step)

@@ -82,7 +82,7 @@ class Trainer:
         if feed.drained:
             monitor.draining()
         self._look(self._rate, last=not feed.drained)
-        saved = self._save(last=not feed.drained)
+        saved = self._save(wait=True, last=not feed.drained)
         if feed.drained:
             since = "" if saved else "; the last steps were not finite: it begins again before them"
             raise DrainedError(
@@ -123,7 +123,7 @@ class Trainer:
         if self.step:
             self._look(self._rate)
             with contextlib.suppress(StorageError):
-                self._save(self._saver.hurried(RESCUE_SECONDS))
+                self._save(wait=True, seconds=RESCUE_SECONDS)
 
     def _augmented(self, batch: Batch) -> list[torch.Tensor]:
         """Move the crops to the device and augment them there, resolution by resolution."""
@@ -161,11 +161,12 @@ class Trainer:
             self._saver.list_passed_over(feed, step=self.step)
             raise
 
-    def _save(self, saver: Saver | None = None, *, last: bool = False) -> bool:
+    def _save(self, *, wait: bool = False, seconds: float | None = None, last: bool = False) -> bool:
         """Save, unless the last steps were skipped: what they met may be what the weights have become.
 
         Args:
-            saver: another than usual.
+            wait: until it is committed; otherwise it is written while training goes on.
+            seconds: how long storage is given, at most.
             last: the run ends here, so it is saved all the same.
 
         Returns:
@@ -179,9 +180,9 @@ class Trainer:
             monitor.put_off(self.step)
             return False
         refuse_unbounded(self._learner, self.step)
+        loss_first = monitor.loss_first
         with monitor.saving():
-            saver = saver or self._saver
-            saved = saver.save(self._learner, feed, step=self.step, loss_first=monitor.loss_first)
-        if saved:
-            monitor.saved(saved)
+            self._saver.save(
+                self._learner, feed, step=self.step, loss_first=loss_first, wait=wait, seconds=seconds
+            )
         return True

@@ -39,7 +39,7 @@ from shards.cli import main as shards_main
 from streamswav import cli
 from streamswav.commands import pretrain
 from streamswav.config import StorageSection
-from streamswav.errors import EXIT_CONFIG, EXIT_DONE
+from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
 from streamswav.models import build_trunk
 from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import list_manifest
@@ -492,7 +492,8 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_the_last_one_stands(sh
         ended = train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    refused(ended, "model.pt: cannot be written")
+    assert ended.code == EXIT_RETRY
+    assert "model.pt: cannot be written" in ended.said[-1]
     assert ended.metric("checkpoints_total", outcome="failed") == 1
     assert ended.position.trained == 8
     check_position(train(), shards)

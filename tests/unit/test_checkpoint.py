@@ -97,11 +97,16 @@ def test_a_whole_one_is_never_written_over(place):
     assert place.save(6).url > second.url
 
 
-def test_one_that_was_cut_off_is_written_again(place):
-    url = place.save(5, "first").url
+def test_one_that_was_cut_off_is_not_written_into(place):
+    """Whoever began it may still be writing."""
+    place.save(5, "first")
     (place.path / "step-000000005" / "checkpoint.json").unlink()
-    assert place.save(5, "second").url == url
+    second = place.save(5, "second")
+    assert second.url.endswith("step-000000005.2")
+    assert (place.path / "step-000000005" / "model.pt").read_bytes() == b"first 5"
     assert place.folder.newest()[1]["model.pt"] == b"second 5"
+    place.folder.prune(second, keep=1)
+    assert place.names() == ["step-000000005.2"]
 
 
 def test_a_run_whose_first_was_cut_off_begins_again(place):

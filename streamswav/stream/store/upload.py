@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -34,7 +35,6 @@ class Upload(io.RawIOBase):
         self._size = self._number = 0
         self._sending: deque[Future[Part]] = deque()
         self._sent: list[Part] = []
-        self._pool = ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix="upload")
 
     def writable(self) -> bool:
         """Always; that is what it is for."""
@@ -60,22 +60,19 @@ class Upload(io.RawIOBase):
         Raises:
             StorageError: it could not be done; nothing has appeared.
         """
-        try:
-            if self._id is None:
-                self._request(self._url, "write", "put_object", Body=bytes(self._rest))
-                return
-            if self._rest:
-                self._send(len(self._rest))
-            while self._sending:
-                self._sent.append(self._sending.popleft().result())
-            self._complete(stored_size)
-        finally:
-            self._pool.shutdown()
+        if self._id is None:
+            self._request(self._url, "write", "put_object", Body=bytes(self._rest))
+            return
+        if self._rest:
+            self._send(len(self._rest))
+        while self._sending:
+            self._sent.append(self._sending.popleft().result())
+        self._complete(stored_size)
 
     def abort(self) -> None:
         """Have the server forget the parts, as far as it can be reached."""
-        self._pool.shutdown(cancel_futures=True)
         if self._id is not None:
+            wait(self._sending)  # what is still on its way would stay behind
             with suppress(StorageError):
                 self._request(self._url, "abort", "abort_multipart_upload", UploadId=self._id)
 
@@ -92,13 +89,20 @@ class Upload(io.RawIOBase):
         self._number += 1
         while len(self._sending) >= PARTS_IN_FLIGHT:
             self._sent.append(self._sending.popleft().result())
-        self._sending.append(self._pool.submit(self._send_part, self._number, body))
+        part: Future[Part] = Future()
+        self._sending.append(part)
+        # No pool of threads: the interpreter would wait for an upload that was given up.
+        arguments = (part, self._number, body)
+        threading.Thread(target=self._send_part, args=arguments, daemon=True, name="upload").start()
 
-    def _send_part(self, number: int, body: bytes) -> Part:
-        reply = self._request(
-            self._url, "write", "upload_part", UploadId=self._id, PartNumber=number, Body=body
-        )
-        return {"PartNumber": number, "ETag": reply["ETag"]}
+    def _send_part(self, part: Future[Part], number: int, body: bytes) -> None:
+        try:
+            reply = self._request(
+                self._url, "write", "upload_part", UploadId=self._id, PartNumber=number, Body=body
+            )
+            part.set_result({"PartNumber": number, "ETag": reply["ETag"]})
+        except BaseException as error:  # it is raised where the part is waited for
+            part.set_exception(error)
 
     def _complete(self, stored_size: Callable[[], int]) -> None:
         try:
