@@ -323,13 +323,13 @@ def measure_overhead(images: int, rounds: int) -> dict[str, Any]:
 
     def ours() -> None:
         scores.grad = None
-        learner._statistics.remember()
+        learner._undo.remember()
         network.prototypes.normalise_()
         objective = SwAVLoss(epsilon=EPSILON, iterations=ITERATIONS, temperature=TEMPERATURE)
         objective(scores, network.prototypes.weight, queue).loss.backward()
         with_gradients()
         _, skipped = learner._update(0.1)
-        learner._statistics.where(skipped)
+        learner._undo.where(skipped)
         queue.push(unit(2, images, DIM), unless=skipped)
 
     seconds = turn_by_turn({"trunk and head": trunk_and_head, "direct": directly, "ours": ours}, rounds)

@@ -77,7 +77,7 @@ class Learner:
         self._scaler = scaler or torch.amp.GradScaler(self._device_type, enabled=False)
         self._autocast = autocast
         self._learn_prototypes = learn_prototypes
-        self._statistics = Undo(running_statistics(self.module))
+        self._undo = Undo([*running_statistics(self.module), self._prototypes.weight])
 
     @property
     def module(self) -> SwAVNetwork:
@@ -97,7 +97,7 @@ class Learner:
             use_queue: fill the queue, and assign with it once it is full.
         """
         queue = self.queue if use_queue else None
-        self._statistics.remember()
+        self._undo.remember()
         self._prototypes.normalise_()
         embeddings, scores = self._forward(crops)
         past = queue if queue is not None and queue.full else None
@@ -107,7 +107,7 @@ class Learner:
             # None, not zero: no momentum step. DDP asks that requires_grad never changes.
             self._prototypes.weight.grad = None
         grad_norm, skipped = self._update(rate)
-        self._statistics.where(skipped)
+        self._undo.where(skipped)
         embeddings, scores = embeddings.detach(), scores.detach()
         if queue is not None:
             queue.push(embeddings[list(self.objective.assigned)], unless=skipped)

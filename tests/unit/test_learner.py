@@ -181,6 +181,68 @@ def test_loss_scaling_changes_nothing_and_an_overflow_skips_the_step() -> None:
     assert scaled.state_dict()["scaler"]["scale"] == 512
 
 
+def with_optimizer(name: str) -> Learner:
+    student = learner()
+    section = OptimizerSection.model_validate({"name": name, "weight_decay": 1e-4})
+    student.optimizer = build_optimizer(section, student.module.parameters())
+    return student
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(name: str, broken: float, first: bool) -> None:
+    student = with_optimizer(name)
+    if not first:
+        student.step(crops(0), **STEP)
+        student.step(crops(1), **STEP)
+    before = saved_and_loaded(student.state_dict())
+    pixels = crops(2)
+    pixels[1][3, 0, 0, 0] = broken
+    result = student.step(pixels, **STEP)
+    assert result.skipped
+    after = student.state_dict()
+    for key in before["network"]:
+        assert torch.equal(after["network"][key], before["network"][key]), key
+    torch.testing.assert_close(after["queue"], before["queue"], rtol=0, atol=0)
+    for index, state in before["optimizer"]["state"].items():
+        torch.testing.assert_close(after["optimizer"]["state"][index], state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_after_a_skipped_step_training_goes_on_as_if_it_had_never_been(name: str) -> None:
+    straight, stumbling = with_optimizer(name), with_optimizer(name)
+    for seed in range(4):
+        expected = straight.step(crops(seed), **STEP)
+        result = stumbling.step(crops(seed), **STEP)
+        assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+        skipped = stumbling.step([images * float("nan") for images in crops(9)], **STEP)
+        assert skipped.skipped
+        stumbling.take_back(skipped)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_although_its_gradient_were() -> None:
+    class Infinite(SwAVLoss):
+        def __call__(self, *inputs: Any) -> Any:
+            result = super().__call__(*inputs)
+            return type(result)(result.loss + float("inf"), result.codes)
+
+    student = learner()
+    student.objective = Infinite()
+    assert student.step(crops(0), **STEP).skipped
+
+
+def test_the_queue_is_full_only_once_steps_that_counted_have_filled_it() -> None:
+    student = learner()
+    assert student.queue is not None
+    student.take_back(student.step([images * float("nan") for images in crops(0)], **STEP))
+    student.step(crops(1), **STEP)
+    assert not student.queue.full
+    student.step(crops(2), **STEP)
+    assert student.queue.full
+    assert student.queue.features[0].any(dim=1).all()
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_other_optimizers_take_the_same_steps(name: str) -> None:
     torch.manual_seed(0)

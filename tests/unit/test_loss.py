@@ -20,18 +20,36 @@ def batch(crops: int = 5, size: int = 8, dim: int = 12, prototypes: int = 20) ->
     return unit(crops, size, dim) @ weight.T, weight
 
 
+@pytest.mark.parametrize("size", [8, 300])
 @pytest.mark.parametrize("assigned", [(0, 1), (0,), (2, 0, 4)])
-def test_every_pair_of_an_assigned_and_another_crop_counts_alike(assigned: tuple[int, ...]) -> None:
-    scores, _ = batch()
-    codes = torch.softmax(unit(len(assigned), 8, 20, seed=2), dim=-1)
+def test_every_pair_of_an_assigned_and_another_crop_counts_alike(
+    assigned: tuple[int, ...], size: int
+) -> None:
+    scores, _ = batch(size=size)
+    codes = torch.softmax(unit(len(assigned), size, 20, seed=2), dim=-1)
+    ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     pairs = [
-        -(codes[i] * torch.log_softmax(scores[other] / 0.1, dim=-1)).sum(dim=-1).mean()
+        -(codes[i] * torch.log_softmax(theirs[other] / 0.1, dim=-1)).sum(dim=-1).mean()
         for i, crop in enumerate(assigned)
         for other in range(5)
         if other != crop
     ]
-    loss = swapped_prediction_loss(scores, codes, assigned=assigned, temperature=0.1)
-    torch.testing.assert_close(loss, torch.stack(pairs).mean())
+    loss, expected = (
+        swapped_prediction_loss(ours, codes, assigned=assigned, temperature=0.1),
+        torch.stack(pairs).mean(),
+    )
+    torch.testing.assert_close(loss, expected)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_a_second_backward_pass_is_refused_rather_than_wrong() -> None:
+    scores, weight = batch()
+    loss = SwAVLoss()(scores.requires_grad_(), weight).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
 
 
 def test_two_crops_give_the_papers_pseudo_code() -> None:

@@ -66,6 +66,31 @@ def test_one_sample_far_from_everything_still_has_a_code() -> None:
     assert codes[5].sum().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("epsilon", [0.05, 0.001])
+@pytest.mark.parametrize("iterations", [6, 30, 100])
+def test_many_iterations_stay_finite_and_exact(epsilon: float, iterations: int) -> None:
+    scores = similarities(64, 300, dim=4)
+    codes = sinkhorn(scores, epsilon=epsilon, iterations=iterations)
+    torch.testing.assert_close(codes.double(), published(scores, epsilon, iterations), rtol=0, atol=5e-7)
+
+
+def test_the_codes_of_the_last_rows_alone_are_the_same() -> None:
+    scores = torch.stack([similarities(300, 10, seed=seed) for seed in range(2)])
+    assert torch.equal(sinkhorn(scores, rows=40), sinkhorn(scores)[:, -40:])
+
+
+@pytest.mark.parametrize("iterations", [3, 7])
+def test_in_place_the_codes_are_the_same(iterations: int) -> None:
+    scores = similarities(300, 10)
+    expected = sinkhorn(scores, iterations=iterations)
+    assert torch.equal(sinkhorn(scores.clone(), iterations=iterations, inplace=True), expected)
+
+
+def test_in_place_no_second_matrix_is_made() -> None:
+    scores = similarities(300, 10)
+    assert sinkhorn(scores, inplace=True, rows=100).data_ptr() == scores[200:].data_ptr()
+
+
 def test_codes_sum_to_one_per_sample() -> None:
     codes = sinkhorn(similarities(64, 30))
     torch.testing.assert_close(codes.sum(dim=1), torch.ones(64))
@@ -131,3 +156,8 @@ def test_scores_are_left_as_they_were_and_get_no_gradient() -> None:
 def test_settings_that_have_no_codes_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .* not {value}"):
         sinkhorn(torch.zeros(2, 3), **{name: value})
+
+
+def test_more_rows_than_there_are_cannot_be_returned() -> None:
+    with pytest.raises(ValueError, match="rows must be 0 to 2, the number of samples, not 3"):
+        sinkhorn(torch.zeros(2, 3), rows=3)
