@@ -25,7 +25,7 @@ _SAID = {
     "codes": "scores, codes, loss",
     "queue": "queue",
     "crops": "crops",
-    "temporaries": "temporaries",
+    "temporaries": "temporaries, recomputed",
     "context": "CUDA context (allowance)",
     "workspaces": "cuDNN workspaces (allowance)",
     "communication": "NCCL buffers (allowance)",

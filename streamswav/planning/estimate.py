@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +65,7 @@ class Fit:
         share: of them that a step takes.
         fits: whether that is all right.
         world_sizes: numbers of GPUs that divide the grid's columns: the same batches in the same order.
-        fitting_from: the least of them on which the batch fits; None where none does.
+        fitting_from: the least of them on which the batch fits, extrapolated; None where none does.
     """
 
     available: int
@@ -147,8 +146,7 @@ def make_plan(request: Request) -> Plan:
     config, world_size, gpu = _resolve(request), request.gpus, request.gpu
     batch = known(config.training.batch)
     local = batch // world_size
-    take = functools.cache(lambda images: _rehearse(config, world_size, images))
-    rehearsal = take(local)
+    rehearsal = _rehearse(config, world_size, local)
     precision = config.training.precision
     speed = estimate_speed(
         rehearsal.ledger,
@@ -169,10 +167,6 @@ def make_plan(request: Request) -> Plan:
         step_seconds=speed.step_seconds,
     )
 
-    def share(images: int) -> float:
-        held = count_memory(take(images), config, world_size=world_size, local=images)
-        return held.total / gpu.memory
-
     return Plan(
         gpu=gpu.name,
         gpus=world_size,
@@ -187,7 +181,7 @@ def make_plan(request: Request) -> Plan:
         },
         flops=count_flops(rehearsal.ledger, local=local),
         memory=memory,
-        fit=_fit(config, gpu, memory, share),
+        fit=_fit(config, request, memory, local),
         speed=speed,
         loader=count_loader(config, speed.images_per_second),
         network=network,
@@ -236,9 +230,18 @@ def _rehearse(config: Config, world_size: int, local: int) -> Rehearsal:
         raise ConfigError("training.batch", reason, value=config.training.batch) from None
 
 
-def _fit(config: Config, gpu: Gpu, memory: Memory, share: Callable[[int], float]) -> Fit:
-    batch = known(config.training.batch)
+def _fit(config: Config, request: Request, memory: Memory, local: int) -> Fit:
+    """Find the fewest GPUs: memory is a line in the images of a GPU, through two of them."""
+    gpu, batch = request.gpu, known(config.training.batch)
     worlds = [each for each in range(1, batch + 1) if known(config.stream.columns) % each == 0]
+    other = local // 2 if local // 2 >= max(2, config.training.micro_batches) else 2 * local
+    rehearsal = _rehearse(config, request.gpus, other)
+    second = count_memory(rehearsal, config, world_size=request.gpus, local=other)
+    slope = (memory.total - second.total) / (local - other)
+
+    def share(images: int) -> float:
+        return (memory.total + slope * (images - local)) / gpu.memory
+
     last = last_that_fits([batch // each for each in reversed(worlds)], share, 1.0)
     return Fit(
         available=gpu.memory,

@@ -270,6 +270,20 @@ def test_the_last_that_fits(shares, expected):
     assert last_that_fits(list(range(len(shares))), shares.__getitem__, 0.8) == expected
 
 
+def test_the_fewest_gpus_that_fit_are_those_on_which_it_then_fits():
+    config = parse_config(
+        {**SMALL, "training": {"batch": 4096, "precision": "float32"}, "stream": {"columns": 64}}
+    )
+    tiny = dataclasses.replace(GPUS["T4"], memory=3 << 30)
+    needed = make_plan(Request(config=config, gpus=4, gpu=tiny)).fit
+    assert not needed.fits
+    at, below = (
+        make_plan(Request(config=config, gpus=gpus, gpu=tiny)).fit
+        for gpus in (needed.fitting_from, needed.fitting_from // 2)
+    )
+    assert (at.fits, below.fits) == (True, False)
+
+
 def test_gpu_types_are_found_however_they_are_spelled():
     assert find_gpu("a100-80gb") is find_gpu("NVIDIA A100 80GB") is GPUS["A100-80GB"]
     assert find_gpu("H100").name == "H100-80GB"
