@@ -32,7 +32,8 @@ def _shared(norm: _BatchNorm, group: dist.ProcessGroup) -> nn.Module:
     shared = SharedBatchNorm(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
     )
-    shared.load_state_dict(norm.state_dict())
+    for name, own in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+        setattr(shared, name, own)  # the same objects: an optimizer may hold them already
     shared.group = group
     return shared.train(norm.training)
 

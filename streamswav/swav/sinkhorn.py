@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -59,7 +60,7 @@ def sinkhorn(
     precision = torch.promote_types(scores.dtype, torch.float32)
     if iterations == 0:
         return torch.softmax(scores[..., batch - rows :, :].double() / epsilon, dim=-1).to(precision)
-    problems = scores.reshape(-1, batch, prototypes)
+    problems = scores.reshape(math.prod(scores.shape[:-2]), batch, prototypes)
     reusable = inplace and scores.dtype == precision and iterations <= _PERIOD
     matrix = problems if reusable else torch.empty_like(problems, dtype=precision)
     exact = epsilon < _COARSEST or iterations > _PERIOD

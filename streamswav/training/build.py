@@ -79,10 +79,11 @@ def _distribute(network: SwAVNetwork, config: Config, ranks: Ranks) -> SwAVNetwo
         if share and share < ranks.world_size:
             group = torch.distributed.new_subgroups(share)[0]
         share_statistics(network, group)
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         network,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         process_group=ranks.group,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,
     )
+    wrapped.broadcast_buffers = False  # as an argument its name depends on torch's version
+    return wrapped

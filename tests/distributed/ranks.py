@@ -15,6 +15,7 @@ RankFunction = Callable[[int, dist.ProcessGroup], Any]
 
 def run_ranks(function: RankFunction, world_size: int, folder: Path) -> list[Any]:
     """Call `function(rank, group)` on each rank and return what the ranks returned, in order."""
+    folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision"])
     processes = [
