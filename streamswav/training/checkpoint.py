@@ -119,7 +119,7 @@ class CheckpointFolder:
             }
             self._check()
             self._store.write(join(folder, _LIST), json.dumps(listing, indent=1).encode())
-        except StorageError:
+        except (StorageError, CheckpointError):
             self._discard(folder)
             raise
         self._point_to(name)

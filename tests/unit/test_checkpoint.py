@@ -2,13 +2,22 @@
 
 import json
 import pickle
+import resource
 
 import pytest
 import torch
 
-from streamswav.errors import CheckpointError, DeniedError
+from streamswav.errors import CheckpointError, DeniedError, UnavailableError
 from streamswav.stream.store import Store, join
-from streamswav.training.checkpoint import CheckpointFolder, find_checkpoint, pack, read_checkpoint, unpack
+from streamswav.training.checkpoint import (
+    FORMAT_VERSION,
+    CheckpointFolder,
+    find_checkpoint,
+    pack,
+    packed,
+    read_checkpoint,
+    unpack,
+)
 
 ABOUT = {"model": {"width": 1.0}}
 
@@ -85,6 +94,60 @@ def test_another_format_is_not_guessed_at(place):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 7}))
     with pytest.raises(CheckpointError, match="format 7, this version reads 1"):
         read_checkpoint(saved.url, place.store)
+
+
+def test_the_format_before_is_read(place):
+    """It had no writer."""
+    place.save(1)
+    file = place.path / "step-000000001" / "checkpoint.json"
+    listing = json.loads(file.read_text())
+    del listing["writer"]
+    file.write_text(json.dumps(listing | {"format_version": FORMAT_VERSION - 1}))
+    assert place.folder.newest()[0].step == 1
+    assert place.folder.last_writer() == 0
+
+
+def test_ten_of_one_step_are_in_order(place):
+    names = [place.save(5, f"number {number}").url.rpartition("/")[2] for number in range(11)]
+    assert place.folder.names() == names
+    assert place.folder.newest()[1]["model.pt"] == b"number 10 5"
+
+
+def test_a_failed_save_leaves_nothing_behind(place):
+    def fails(file):
+        file.write(bytes(1000))
+        raise UnavailableError("model.pt", "gone")
+
+    with pytest.raises(UnavailableError):
+        place.folder.save({"a": b"a", "model.pt": fails}, step=3, images=0, about={})
+    assert not place.store.exists(join(place.url, "step-000000003"))
+
+
+def test_an_error_of_the_disk_is_told_as_such_though_torch_hides_it(tmp_path):
+    """A full disk fails some of the writes of one tensor file, not all."""
+    place = Place(str(tmp_path), tmp_path, Store())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    try:
+        with pytest.raises(UnavailableError, match=r"model\.pt: cannot be written \(File too large\)"):
+            place.folder.save(
+                {"model.pt": packed([torch.zeros(9999) for _ in range(9)])}, step=1, images=0, about={}
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert place.names() == []
+
+
+def test_a_copy_is_verified_on_its_way(place, tmp_path):
+    saved = place.save(1)
+    copies = CheckpointFolder(str(tmp_path / "copies"), Store())
+    assert copies.adopt(saved, through=place.store).files == saved.files
+    assert copies.newest()[1]["model.pt"] == b"state 1"
+    (place.path / "step-000000001" / "model.pt").write_bytes(b"stale 1")
+    with pytest.raises(CheckpointError, match=r"model\.pt is damaged"):
+        copies.adopt(saved, through=place.store)
+    assert copies.newest()[0].step == 1
+    assert copies.names()[-1] == "step-000000001"
 
 
 def test_a_whole_one_is_never_written_over(place):
