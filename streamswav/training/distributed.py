@@ -119,7 +119,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: CUDA is asked for and not there.
+        ConfigError: CUDA is asked for and not there, or has fewer devices than this machine has ranks.
         PeerError: another rank ended, or never came.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -178,5 +178,8 @@ def _pick_device(device: str, local_rank: int) -> torch.device:
         raise ConfigError("training.device", "no CUDA device is visible here; use cpu or auto", value=device)
     if device == "cpu" or not available:
         return torch.device("cpu")
+    if local_world_size() > (gpus := torch.cuda.device_count()):
+        reason = f"{local_world_size()} ranks on this machine have {gpus} CUDA devices: start fewer, or use cpu"
+        raise ConfigError("training.device", reason, value=device)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
