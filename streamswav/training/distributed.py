@@ -179,7 +179,7 @@ def _pick_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu" or not available:
         return torch.device("cpu")
     if local_world_size() > (gpus := torch.cuda.device_count()):
-        reason = f"{local_world_size()} ranks on this machine have {gpus} CUDA devices: start fewer, or use cpu"
+        reason = f"{local_world_size()} ranks on this machine have {gpus} CUDA devices: start fewer"
         raise ConfigError("training.device", reason, value=device)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
