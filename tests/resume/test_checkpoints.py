@@ -1,6 +1,8 @@
 """Saving on bad days: writers that are killed, stopped or doubled, full disks, storage that is gone."""
 
 import contextlib
+import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -218,6 +220,20 @@ def test_a_place_that_cannot_be_written_from_the_start_ends_the_run_at_once(comm
     outcome = run(command(tmp_path / "run", passes=10_000), tmp_path / "out")
     assert outcome.code == EXIT_CONFIG
     assert "checkpoints" in outcome.said[-1]
+
+
+def test_a_checkpoint_of_another_sample_order_is_refused(command, whole, tmp_path):
+    """Whole, but by a version that dealt the samples in another order."""
+    shutil.copytree(whole, tmp_path / "run")
+    folder = newest(tmp_path / "run")
+    data = json.dumps(json.loads((folder / "position.json").read_text()) | {"order_version": 1}).encode()
+    (folder / "position.json").write_bytes(data)
+    listing = json.loads((folder / "checkpoint.json").read_text())
+    listing["files"]["position.json"] = [len(data), hashlib.sha256(data).hexdigest()]
+    (folder / "checkpoint.json").write_text(json.dumps(listing))
+    outcome = run(command(tmp_path / "run"), tmp_path / "out")
+    assert outcome.code == EXIT_CONFIG
+    assert "finish the pass with the version that began it" in outcome.said[-1]
 
 
 # One writer.
