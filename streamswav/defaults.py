@@ -203,7 +203,7 @@ def _check_batch(batch: int, world_size: int) -> None:
 
 def _check_micro_batches(config: Config, share: int) -> None:
     pieces = config.training.micro_batches
-    if pieces > share:
+    if pieces > max(1, share):
         reason = f"a rank has only {share} images of a batch"
         raise ConfigError("training.micro_batches", reason, value=pieces)
 

@@ -502,7 +502,7 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_and_the_last_one_stands(sh
 def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(shards, train):
     assert train(images=8).code == EXIT_DONE
     ended = train(optimizer={"rate": 1e30})
-    refused(ended, "the loss is nan", "lower optimizer.rate")
-    assert ended.metric("nonfinite_steps_total") == 1
+    refused(ended, "not finite and were skipped", "lower optimizer.rate")
+    assert ended.metric("nonfinite_steps_total") == ended.metric("nonfinite_steps_consecutive") > 0
     assert ended.position.trained == 8
     check_position(train(optimizer={"rate": 0.01}), shards)

@@ -164,3 +164,14 @@ def test_the_papers_recipes_are_there():
         "r50w4-400ep",
         "r50w5-400ep",
     }
+
+
+@pytest.mark.parametrize("name", ["gradient_accumulation_steps", "accumulate_grad_batches", "accumulation"])
+def test_gradient_accumulation_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"another objective.*did you mean training\.micro_batches"):
+        load_config(arguments=[f"--training.{name}", "4"])
+
+
+def test_pieces_of_a_batch_have_no_statistics_of_the_whole_batch() -> None:
+    with pytest.raises(ConfigError, match=r"training\.micro_batches = 2: .*topology_invariant"):
+        load_config(arguments=["--training.micro_batches", "2", "--training.topology_invariant", "true"])

@@ -247,11 +247,15 @@ def test_groups_that_leave_ranks_over_are_refused():
         assert chosen(given_share, world_size=world_size).training.sync_batch_norm == share
 
 
-def test_statistics_of_the_whole_batch_are_refused_on_several_cpu_ranks():
+def test_statistics_of_the_whole_batch_are_shared_on_any_device():
     invariant = {"training": {"topology_invariant": True}}
-    with pytest.raises(ConfigError, match=r"training\.topology_invariant = True: .*CPU"):
-        chosen(invariant, world_size=2, cuda=False)
-    assert chosen(invariant, world_size=1, cuda=False).training.topology_invariant
+    for cuda in (False, True):
+        assert chosen(invariant, world_size=32, cuda=cuda).training.sync_batch_norm == 0
+
+
+def test_more_pieces_than_images_are_refused():
+    with pytest.raises(ConfigError, match=r"training\.micro_batches = 9: a rank has only 8 images"):
+        chosen({"training": {"batch": 16, "micro_batches": 9}}, world_size=2)
 
 
 def test_workers_must_divide_the_rows_of_a_new_run_and_not_of_one_that_goes_on():

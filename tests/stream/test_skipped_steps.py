@@ -1,0 +1,135 @@
+"""Steps that are not finite, through a whole run: counted, listed, bounded, and never saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Outcome, arguments
+from torch import Tensor
+
+from streamswav import cli
+from streamswav.commands import pretrain as command
+from streamswav.crops import Augment
+from streamswav.errors import EXIT_CONFIG, EXIT_DONE
+
+BATCH, SAMPLES = 8, 160
+
+Train = Callable[..., Outcome]
+
+
+class Poisoned(Augment):
+    """The crops of some steps are not numbers: what a kernel gone wrong gives."""
+
+    def __init__(self, section: Any, steps: Collection[int]) -> None:
+        super().__init__(section)
+        self._steps, self._calls = steps, 0
+
+    def __call__(self, *given: Any) -> Tensor:
+        crops = super().__call__(*given)
+        step, self._calls = self._calls // 2, self._calls + 1  # two resolutions a step
+        return crops * torch.nan if step in self._steps else crops
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder, counts=[SAMPLES // 2, SAMPLES // 2], labels=False)
+    return folder
+
+
+@pytest.fixture
+def train(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Train:
+    """Runs the command in this process; steps are counted from where it begins."""
+
+    def run(*poisoned: int, **sections: dict[str, Any]) -> Outcome:
+        monkeypatch.setattr(command, "Augment", lambda section: Poisoned(section, poisoned))
+        given = {
+            "run": {"directory": tmp_path / "run"},
+            "stream": {"urls": shards},
+            "training": {"batch": BATCH},
+            **sections,
+        }
+        code = cli.main(arguments(**given))
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+def position(folder: Path) -> dict[str, Any]:
+    latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
+    read: dict[str, Any] = json.loads((latest / "position.json").read_text())
+    return read
+
+
+def skipped_keys(folder: Path) -> list[str]:
+    files = sorted((folder / "skipped_step").glob("*.jsonl"))
+    return [json.loads(line)["key"] for file in files for line in file.read_text().splitlines()]
+
+
+def audited(folder: Path, capfd: Any) -> Outcome:
+    code = cli.main(["audit", str(folder), "--recount", "--workers", "1"])
+    return Outcome(code, *capfd.readouterr())
+
+
+def test_samples_of_skipped_steps_are_an_outcome_of_their_own(
+    train: Train, tmp_path: Path, capfd: Any
+) -> None:
+    ended = train(3, 6, 7)
+    assert ended.code == EXIT_DONE, ended.err
+    stream = json.loads((tmp_path / "run" / "summary.json").read_text())["stream"]
+    assert stream["skipped_step"] == 3 * BATCH
+    assert stream["trained"] == SAMPLES - 3 * BATCH
+    assert len({*skipped_keys(tmp_path / "run")}) == 3 * BATCH
+    assert sum(event["steps"] for event in ended.of("skipped_steps")) == 3
+    balance = audited(tmp_path / "run", capfd)
+    assert balance.code == EXIT_DONE, balance.out + balance.err
+
+
+def newest(folder: Path) -> Path:
+    return folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
+
+
+def test_too_many_in_a_row_end_the_run_with_their_keys_and_no_checkpoint(
+    train: Train, tmp_path: Path, capfd: Any
+) -> None:
+    ended = train(
+        *range(5, 20), checkpoint={"images": BATCH}, training={"batch": BATCH, "nonfinite_in_a_row": 4}
+    )
+    assert ended.code == EXIT_CONFIG
+    assert "the last 4 steps up to step 9" in ended.said[-1]
+    assert "training.nonfinite_in_a_row = 4" in ended.said[-1]
+    assert len(skipped_keys(tmp_path / "run")) == 4 * BATCH
+    assert newest(tmp_path / "run").name == "step-000000005"
+    assert ended.of("put_off")
+    again = train()
+    assert again.code == EXIT_DONE, again.err
+    assert skipped_keys(tmp_path / "run") == []
+    assert audited(tmp_path / "run", capfd).code == EXIT_DONE
+
+
+def test_a_checkpoint_waits_for_a_step_that_is_finite(train: Train, tmp_path: Path) -> None:
+    ended = train(4, 5, checkpoint={"images": 5 * BATCH, "keep": 99})
+    assert ended.code == EXIT_DONE, ended.err
+    steps = [
+        int(each.name.removeprefix("step-")) for each in sorted((tmp_path / "run/checkpoints").glob("step-*"))
+    ]
+    assert steps[0] == 7
+    assert position(tmp_path / "run")["finished"]
+
+
+def test_a_run_does_not_end_well_with_steps_that_were_all_skipped(train: Train) -> None:
+    ended = train(*range(17, 20))
+    assert ended.code == EXIT_CONFIG
+    assert "the last 3 steps up to step 20" in ended.said[-1]
+
+
+def test_weights_beyond_all_bounds_are_not_saved(train: Train, tmp_path: Path) -> None:
+    ended = train(optimizer={"rate": 1e30}, checkpoint={"images": BATCH})
+    assert ended.code == EXIT_CONFIG
+    assert "the weights have grown beyond all bounds at step 1" in ended.said[-1]
+    assert not list((tmp_path / "run/checkpoints").glob("step-*/checkpoint.json"))
