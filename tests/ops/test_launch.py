@@ -49,7 +49,7 @@ def told(outcome):
 
 
 def test_a_rank_that_is_killed_is_named_and_all_go_on_from_the_last_checkpoint(command, tmp_path):
-    given = command(tmp_path / "run", passes=10, workers=1)
+    given = command(tmp_path / "run", passes=5)
     with start_ranks(2, given, tmp_path / "out", launcher=["--max-restarts", "1"]) as running:
         running.wait_until(saved_after(2))
         os.kill(ranks_of(running)[1], signal.SIGKILL)
@@ -61,7 +61,7 @@ def test_a_rank_that_is_killed_is_named_and_all_go_on_from_the_last_checkpoint(c
     (resumed,) = outcome.of("resumed")
     assert resumed["step"] >= 2
     stream = json.loads((tmp_path / "run" / "summary.json").read_text())["stream"]
-    assert stream["trained"] + stream["left"] == 10 * sum(COUNTS)
+    assert stream["trained"] + stream["left"] == 5 * sum(COUNTS)
 
 
 def test_without_restarts_left_a_killed_rank_is_a_failure_and_its_peers_end_soon(command, tmp_path):
