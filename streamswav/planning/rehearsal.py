@@ -10,13 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamswav.config import Config
 from streamswav.defaults import known
-from streamswav.models import SwAVNetwork, Trunk, build_network
 from streamswav.planning.ledger import CROPS, GRADIENTS, QUEUE, STATE, WEIGHTS, Ledger, watch
-from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
-from streamswav.training.learner import Learner
+from streamswav.training.build import assemble, build_queue, prepare_network
 from streamswav.training.optim import build_optimizer
-
-AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -71,14 +67,14 @@ def rehearse(config: Config, *, world_size: int, local: int | None = None) -> Re
 
 
 def _rehearse(config: Config, *, world_size: int, local: int) -> Rehearsal:
-    network = build_network(config.model, prototypes=known(config.swav.prototypes))
-    network.chunks = config.training.micro_batches
-    assert isinstance(network.trunk, Trunk)
-    network.trunk.recompute_blocks = config.training.activation_checkpointing
+    eager = config.training.model_copy(update={"compile": False})  # which would not change what is kept much
+    network = prepare_network(config.model_copy(update={"training": eager}))
     optimizer = build_optimizer(config.optimizer, network.parameters())
     _fill_state(network, optimizer)
-    queue = _full_queue(config, world_size)
-    learner = build_rehearsed(config, network, optimizer, queue)
+    queue = build_queue(config, world_size)
+    if queue is not None:
+        queue.push(torch.ones_like(queue.features))
+    learner = assemble(config, network, optimizer, queue)
     crops = [
         torch.empty(count * local, 3, size, size).to(memory_format=torch.channels_last)
         for count, size in zip(config.crops.counts, config.crops.sizes, strict=True)
@@ -107,45 +103,12 @@ def _rehearse(config: Config, *, world_size: int, local: int) -> Rehearsal:
     )
 
 
-def build_rehearsed(
-    config: Config, network: SwAVNetwork, optimizer: torch.optim.Optimizer, queue: FeatureQueue | None
-) -> Learner:
-    """Put the learner of a resolved configuration together, on one rank and without loss scaling."""
-    swav = config.swav
-    objective = SwAVLoss(
-        epsilon=known(swav.epsilon),
-        iterations=known(swav.iterations),
-        temperature=swav.temperature,
-        assigned=tuple(swav.assigned_crops),
-        hard_codes=swav.hard_codes,
-    )
-    return Learner(
-        network,
-        objective,
-        optimizer,
-        crops=sum(config.crops.counts),
-        queue=queue,
-        autocast=AUTOCAST[config.training.precision],
-        learn_prototypes=swav.learn_prototypes,
-    )
-
-
 def _fill_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Let the optimizer allocate what it keeps, as it has from the second step on."""
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _full_queue(config: Config, world_size: int) -> FeatureQueue | None:
-    swav = config.swav
-    length = usable_length(known(swav.queue_length), known(config.training.batch)) // world_size
-    if not length:
-        return None
-    queue = FeatureQueue(length=length, dim=config.model.embedding, crops=len(swav.assigned_crops))
-    queue.push(torch.ones_like(queue.features))
-    return queue
 
 
 def _count(module: nn.Module) -> int:

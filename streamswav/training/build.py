@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer
 
 from streamswav.config import Config
 from streamswav.defaults import known
@@ -13,7 +15,7 @@ from streamswav.training.distributed import Ranks
 from streamswav.training.learner import Learner
 from streamswav.training.optim import build_optimizer
 
-_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_learner(config: Config, ranks: Ranks) -> Learner:
@@ -22,50 +24,80 @@ def build_learner(config: Config, ranks: Ranks) -> Learner:
     Raises:
         ConfigError: what the configuration asks for does not exist or does not fit.
     """
-    swav, training = config.swav, config.training
-    batch, local = known(training.batch), known(training.batch) // ranks.world_size
-    network = build_network(config.model, prototypes=known(swav.prototypes))
-    network = _prepare(network, config).to(ranks.device)
-    length = usable_length(known(swav.queue_length), batch) // ranks.world_size
-    queue = None
-    if length:
-        queue = FeatureQueue(length=length, dim=config.model.embedding, crops=len(swav.assigned_crops))
-        queue = queue.to(ranks.device)
+    training = config.training
+    network = prepare_network(config).to(memory_format=torch.channels_last).to(ranks.device)
+    queue = build_queue(config, ranks.world_size)
     optimizer = build_optimizer(config.optimizer, network.parameters())
-    wrapped = _distribute(network, config, ranks)
-    precision = training.precision
-    learner = Learner(
-        wrapped,
-        SwAVLoss(
-            epsilon=known(swav.epsilon),
-            iterations=known(swav.iterations),
-            temperature=swav.temperature,
-            assigned=tuple(swav.assigned_crops),
-            hard_codes=swav.hard_codes,
-            group=ranks.group,
-        ),
+    scaler = torch.amp.GradScaler(ranks.device.type) if training.precision == "float16" else None
+    learner = assemble(
+        config,
+        _distribute(network, config, ranks),
         optimizer,
-        crops=sum(config.crops.counts),
-        queue=queue,
-        scaler=torch.amp.GradScaler("cuda") if precision == "float16" else None,
-        autocast=_AUTOCAST[precision],
-        learn_prototypes=swav.learn_prototypes,
+        queue.to(ranks.device) if queue is not None else None,
+        group=ranks.group,
+        scaler=scaler,
     )
     if ranks.world_size > 1:
+        local = known(training.batch) // ranks.world_size
         sizes = zip(config.crops.counts, config.crops.sizes, strict=True)
         learner.rehearse([torch.zeros(n * local, 3, size, size, device=ranks.device) for n, size in sizes])
     return learner
 
 
-def _prepare(network: SwAVNetwork, config: Config) -> SwAVNetwork:
-    """Say how the network is run; its parameters and their names stay what they are."""
+def prepare_network(config: Config) -> SwAVNetwork:
+    """Build the network and say how it is run; parameters and their names do not depend on the latter."""
     training = config.training
+    network = build_network(config.model, prototypes=known(config.swav.prototypes))
     network.chunks = training.micro_batches
     assert isinstance(network.trunk, Trunk)
     network.trunk.recompute_blocks = training.activation_checkpointing
     if training.compile:
         network.trunk.compile()
-    return network.to(memory_format=torch.channels_last)
+    return network
+
+
+def build_queue(config: Config, world_size: int) -> FeatureQueue | None:
+    """Build one rank's share of the queue; None where there is none.
+
+    Raises:
+        ConfigError: it is shorter than the batch.
+    """
+    swav = config.swav
+    length = usable_length(known(swav.queue_length), known(config.training.batch)) // world_size
+    if not length:
+        return None
+    return FeatureQueue(length=length, dim=config.model.embedding, crops=len(swav.assigned_crops))
+
+
+def assemble(
+    config: Config,
+    network: SwAVNetwork | DistributedDataParallel,
+    optimizer: Optimizer,
+    queue: FeatureQueue | None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Learner:
+    """Put a learner together from its parts; `group`: the ranks that share the codes."""
+    swav = config.swav
+    objective = SwAVLoss(
+        epsilon=known(swav.epsilon),
+        iterations=known(swav.iterations),
+        temperature=swav.temperature,
+        assigned=tuple(swav.assigned_crops),
+        hard_codes=swav.hard_codes,
+        group=group,
+    )
+    return Learner(
+        network,
+        objective,
+        optimizer,
+        crops=sum(config.crops.counts),
+        queue=queue,
+        scaler=scaler,
+        autocast=AUTOCAST[config.training.precision],
+        learn_prototypes=swav.learn_prototypes,
+    )
 
 
 def _distribute(network: SwAVNetwork, config: Config, ranks: Ranks) -> SwAVNetwork | DistributedDataParallel:
@@ -77,7 +109,7 @@ def _distribute(network: SwAVNetwork, config: Config, ranks: Ranks) -> SwAVNetwo
     if share != 1:
         group = ranks.group
         if share and share < ranks.world_size:
-            group = torch.distributed.new_subgroups(share)[0]
+            group = dist.new_subgroups(share)[0]
         share_statistics(network, group)
     wrapped = DistributedDataParallel(
         network,

@@ -24,9 +24,10 @@ from streamswav.planning.ledger import (
     watch,
 )
 from streamswav.planning.memory import last_that_fits
-from streamswav.planning.rehearsal import AUTOCAST, build_rehearsed, rehearse
+from streamswav.planning.rehearsal import rehearse
 from streamswav.planning.traffic import count_network, count_reading, sinkhorn_bytes
 from streamswav.swav import sinkhorn
+from streamswav.training.build import AUTOCAST, assemble
 from streamswav.training.checkpoint import pack
 from streamswav.training.optim import build_optimizer
 
@@ -106,7 +107,7 @@ def test_autocast_halves_what_is_saved():
 def test_weights_gradients_and_optimizer_state_are_those_of_a_real_step(optimizer, copies):
     config = small(optimizer={"name": optimizer})
     network, real, crops = real_parts(config)
-    learner = build_rehearsed(config, network, real, None)
+    learner = assemble(config, network, real, None)
     learner.step(crops, rate=0.1, freeze_prototypes=False, use_queue=False)
     planned = rehearse(config, world_size=1)
     held = planned.standing
@@ -124,7 +125,7 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_real_step(optimize
 def test_the_peak_is_that_of_a_real_step_by_the_allocators_own_account(precision, within):
     config = small(training={"precision": precision, "batch": 16}, model={"trunk": "resnet10"})
     network, optimizer, _ = real_parts(config)
-    learner = build_rehearsed(config, network, optimizer, None)
+    learner = assemble(config, network, optimizer, None)
     crops = [torch.randn(n * 16, 3, edge, edge) for n, edge in ((2, 64), (3, 32))]
     learner.step(crops, rate=0.1, freeze_prototypes=False, use_queue=False)
     learner.optimizer.zero_grad()
@@ -156,7 +157,7 @@ def test_buckets_hold_the_gradients_through_the_whole_step():
 def test_a_ledger_on_real_tensors_says_the_same_as_on_tensors_without_memory():
     config = small()
     network, optimizer, crops = real_parts(config)
-    learner, ledger = build_rehearsed(config, network, optimizer, None), Ledger()
+    learner, ledger = assemble(config, network, optimizer, None), Ledger()
     ledger.hold([*network.parameters(), *network.buffers()], WEIGHTS)
     with watch(ledger, network, optimizer):
         learner.step(crops, rate=0.1, freeze_prototypes=False, use_queue=False)
@@ -245,7 +246,7 @@ def test_requests_are_blocks_of_every_shard_and_one_for_each_lane():
 def test_a_checkpoint_weighs_what_is_written():
     config = small(swav={"queue_length": 2 * LOCAL, "prototypes": 50})
     network, optimizer, crops = real_parts(config)
-    learner = build_rehearsed(config, network, optimizer, None)
+    learner = assemble(config, network, optimizer, None)
     learner.step(crops, rate=0.1, freeze_prototypes=False, use_queue=False)
     plan = make_plan(Request(config=config, gpus=1, gpu=GPUS["T4"]))
     written = len(pack(learner.state_dict()))
