@@ -241,7 +241,7 @@ class TrainingSection(Section):
     activation_checkpointing: bool = Field(
         False, description="keep only the inputs of residual blocks for the backward pass"
     )
-    compile: bool = Field(False, description="torch.compile the trunk")
+    compile: bool = Field(False, description="torch.compile the residual blocks of the trunk")
     nonfinite_in_a_row: PositiveInt = Field(
         10, description="steps in a row that are skipped as not finite before the run stops"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,12 +83,16 @@ class Trunk(ResNet):  # type: ignore[misc]  # torchvision carries no types
         self.recompute_blocks = False
         initialise_convolutions(self)
 
+    def blocks(self) -> Iterator[nn.Module]:
+        """Yield the residual blocks in order."""
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            yield from stage.children()
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the pooled features [B, F] of images [B, 3, S, S]."""
         maps = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage.children():
-                maps = recompute(block, maps) if self.recompute_blocks else block(maps)
+        for block in self.blocks():
+            maps = recompute(block, maps) if self.recompute_blocks else block(maps)
         return torch.flatten(self.avgpool(maps), 1)
 
 

@@ -52,7 +52,9 @@ def prepare_network(config: Config) -> SwAVNetwork:
     assert isinstance(network.trunk, Trunk)
     network.trunk.recompute_blocks = training.activation_checkpointing
     if training.compile:
-        network.trunk.compile()
+        # Block by block: they share their code, and may be computed again for the backward pass.
+        for block in network.trunk.blocks():
+            block.compile()
     return network
 
 
