@@ -21,7 +21,7 @@ _STANDING = {
     "crops.sizes": "the paper's",
     "crops.counts": "the paper's",
     "crops.scales": "the paper's",
-    "checkpoint.minutes": "a save stalls for about a second, nodes fail every few days (Young-Daly: 15)",
+    "checkpoint.minutes": "so much is lost at most when a node fails; writing goes on beside the steps",
     "checkpoint.keep": "one to go on from, one should it be damaged, one to look back at",
 }
 """Defaults that no fact changes, and why they are what they are."""
