@@ -47,7 +47,8 @@ from streamswav.training.lease import Lease
 from streamswav.training.monitor import Monitor
 from streamswav.training.open_steps import OpenSteps
 from streamswav.training.pace import make_pace
-from streamswav.training.saver import Restored, Saver, load_into, without_secrets
+from streamswav.training.restore import Restored, load_into, restore
+from streamswav.training.saver import Saver, without_secrets
 from streamswav.training.trainer import Trainer
 from streamswav.training.watchdog import Watchdog, watch
 
@@ -163,7 +164,9 @@ def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
     config, ranks, reporter = run.config, run.ranks, run.reporter
     folder = checkpoints_of(config, run.store, lambda text: reporter.event("warning", text), lease=run.lease)
     saver = Saver(folder, run.store, config, ranks, mirror=mirror_of(run))
-    restored = saver.restore()
+    restored = restore(folder, run.store, config, ranks)
+    if restored:
+        saver.resume_from(restored)
     monitor = Monitor(
         run.metrics,
         reporter,

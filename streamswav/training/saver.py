@@ -1,4 +1,4 @@
-"""Saving and restoring a run: what goes into a checkpoint, when, and from whom."""
+"""Saving a run: what goes into a checkpoint, when, and from whom."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from streamswav.config import Config, dump_config
 from streamswav.errors import (
-    CheckpointError,
     DeniedError,
     NotFoundError,
     StorageError,
@@ -20,7 +19,7 @@ from streamswav.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from streamswav.stream.listed import find_lists, new_list
+from streamswav.stream.listed import new_list
 from streamswav.stream.manifest import Shard
 from streamswav.stream.outcomes import OUTCOMES, PassedOver
 from streamswav.stream.position import Position
@@ -31,38 +30,16 @@ from streamswav.training.checkpoint import (
     CheckpointFolder,
     Content,
     packed,
-    read_checkpoint,
-    unpack,
 )
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed
 from streamswav.training.learner import Learner
 from streamswav.training.mirror import Mirror
+from streamswav.training.restore import Restored, describe_model
 from streamswav.training.snapshot import Stage
 
 RETRY_SECONDS = 1.0
 RETRY_CAP_SECONDS = 120.0
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A run as its last checkpoint left it.
-
-    Attributes:
-        checkpoint: where it came from.
-        step: optimizer steps done.
-        loss_first: loss of the run's first step.
-        position: of the stream.
-        shared: network, optimizer and scaler.
-        by_rank: queue and random state of every rank.
-    """
-
-    checkpoint: Checkpoint
-    step: int
-    loss_first: float | None
-    position: Position
-    shared: dict[str, Any]
-    by_rank: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -135,6 +112,12 @@ class Saver:
         self._worked = self._delayed = False
         self.last: Checkpoint | None = None
         self.listener = listener
+
+    def resume_from(self, restored: Restored) -> None:
+        """Count minutes and images from a checkpoint, and save anew only what it does not hold."""
+        self.last = restored.checkpoint
+        self._staged = restored.step, restored.position.finished
+        self._staged_images = restored.position.seen.samples
 
     def due(self, images: int) -> bool:
         """Tell whether minutes, or with `images` trained the images, since the last checkpoint are over.
@@ -242,7 +225,7 @@ class Saver:
         state = learner.state_dict()
         own = {"queue": state.pop("queue"), "random": torch.get_rng_state()}
         by_rank = self._ranks.collect(Stage().take(own))
-        self._staged, self._staged_images = (step, position.finished), position.trained
+        self._staged, self._staged_images = (step, position.finished), position.seen.samples
         unlisted, feed.unwritten[:] = [*self._unlisted, *feed.unwritten], []
         if not self._ranks.leads:
             return
@@ -345,121 +328,9 @@ class Saver:
                 store.write(place, lines.encode())
                 self._unlisted = [each for each in self._unlisted if each.outcome != outcome]
 
-    def restore(self) -> Restored | None:
-        """Read the newest whole checkpoint, chosen by rank 0 for all; None where the run is new.
-
-        Raises:
-            CheckpointError: it is of another model, or none is whole.
-        """
-        found: list[tuple[Checkpoint, dict[str, bytes]]] = []
-
-        def choose() -> str | None:
-            newest = self._folder.newest()
-            found.extend([newest] if newest else [])
-            self._forget_lists(newest[0].step if newest else -1)
-            return newest[0].url if newest else None
-
-        url = self._ranks.lead(choose)
-        if url is None:
-            return None
-
-        def fetch() -> None:
-            """Rank 0 has read it; the others fetch it from where it lies, not through rank 0."""
-            if not found:
-                found.append(read_checkpoint(url, self._store))
-            refuse_other_model(found[0][0], describe_model(self._config))
-
-        self._ranks.each(fetch)
-        ((checkpoint, files),) = found
-        run = json.loads(files["run.json"])
-        position = Position.from_json(json.loads(files["position.json"]))
-        self.last, self._staged_images = checkpoint, checkpoint.images
-        self._staged = run["step"], position.finished
-        return Restored(
-            checkpoint,
-            step=run["step"],
-            loss_first=run["loss_first"],
-            position=position,
-            shared=unpack(files["model.pt"]),
-            by_rank=unpack(files["ranks.pt"]),
-        )
-
-    def _forget_lists(self, step: int) -> None:
-        """Remove lists of what came after a step: it comes again, and its outcome may be another then."""
-        for _, written, url in list(find_lists(self._store, self._config.run.directory)):
-            if written > step:
-                self._store.delete(url)
-
-
-def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int) -> None:
-    """Give a learner what was restored, on this number of ranks and for this global batch.
-
-    Raises:
-        CheckpointError: the state does not fit the learner.
-    """
-    queues = [state["queue"] for state in restored.by_rank]
-    saved = restored.position.grid.batch
-    features = [each["features"] for each in queues] if queues[0] else []
-    length = learner.queue.features.shape[1] if learner.queue is not None else 0
-    own = queues[0]
-    if length and features:
-        own = {"features": _own_queue(features, ranks, saved=saved, batch=batch, length=length)}
-    learner.load_state_dict({**restored.shared, "queue": own})
-    if ranks.world_size == len(restored.by_rank):
-        torch.set_rng_state(restored.by_rank[ranks.rank]["random"])
-
 
 def without_secrets(config: Config) -> Config:
     """Return the configuration as it may lie in the run's folder: signed URLs without their queries."""
     stream = config.stream
     update = {"urls": list(map(redact, stream.urls)), "exclude": list(map(redact, stream.exclude))}
     return config.model_copy(update={"stream": stream.model_copy(update=update)})
-
-
-def describe_model(config: Config) -> dict[str, Any]:
-    """What a checkpoint's tensors depend on: another value is another model."""
-    return {
-        "model": config.model.model_dump(mode="json"),
-        "swav": {
-            "prototypes": config.swav.prototypes,
-            "assigned_crops": config.swav.assigned_crops,
-            "queue_length": config.swav.queue_length,
-        },
-        "optimizer": {"name": config.optimizer.name},
-        "stream": {"seed": config.stream.seed},
-    }
-
-
-def refuse_other_model(checkpoint: Checkpoint, here: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint was made with to what is configured.
-
-    Raises:
-        CheckpointError: naming the first key that differs.
-    """
-    for section, values in here.items():
-        for name, value in values.items():
-            saved = checkpoint.about.get(section, {}).get(name)
-            if saved != value:
-                raise CheckpointError(
-                    f"{checkpoint.url} was made with {section}.{name} = {saved!r}, now it is {value!r}: "
-                    "set it back, or choose another run.directory"
-                )
-
-
-def _own_queue(
-    features: list[torch.Tensor], ranks: Ranks, *, saved: int, batch: int, length: int
-) -> torch.Tensor:
-    """This rank's part of the queues [A, length, D] of all ranks that saved.
-
-    A queue is a row of batches, the newest first, and each rank holds its share of every batch; so the
-    shares are put together batch by batch before they are divided among the ranks that there are now. Where
-    the batch has another size now, the oldest embeddings fall out, or their place is empty for a while.
-    """
-    if len(features) == ranks.world_size and saved == batch:
-        return features[ranks.rank]
-    share, dim = saved // len(features), features[0].shape[2]
-    by_batch = torch.cat([each.view(len(each), -1, share, dim) for each in features], dim=2)
-    whole = by_batch.flatten(1, 2)
-    want = length * ranks.world_size
-    whole = torch.nn.functional.pad(whole[:, :want], (0, 0, 0, max(0, want - whole.shape[1])))
-    return whole.view(len(whole), -1, batch, dim).chunk(ranks.world_size, dim=2)[ranks.rank].flatten(1, 2)

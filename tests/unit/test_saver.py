@@ -26,15 +26,14 @@ from streamswav.swav import FeatureQueue
 from streamswav.training.build import build_learner
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint, unpack
 from streamswav.training.distributed import Ranks
-from streamswav.training.saver import (
+from streamswav.training.restore import (
     Restored,
-    Saver,
     _own_queue,
     describe_model,
     load_into,
     refuse_other_model,
-    without_secrets,
 )
+from streamswav.training.saver import Saver, without_secrets
 
 BATCH, DIM, CROPS = 8, 4, 2
 
