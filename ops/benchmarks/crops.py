@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
+from machine import machine
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
@@ -49,7 +48,7 @@ def main() -> int:
     ]
     report(results)
     if options.json:
-        summary = {"machine": machine(), "rounds": options.rounds, "results": results}
+        summary = {"machine": machine("torch", "torchvision"), "rounds": options.rounds, "results": results}
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
     return 0
 
@@ -178,17 +177,6 @@ def thumbnail(image: bytes) -> bytes:
     buffer = io.BytesIO()
     Image.open(io.BytesIO(image)).convert("RGB").resize((28, 28)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def machine() -> dict[str, object]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
 
 
 def report(results: list[dict[str, object]]) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from machine import machine
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
@@ -58,7 +58,9 @@ def main() -> int:
     for each in results:
         print(*(f"{name}: {value}" for name, value in each.items()), sep="\n  ")
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": machine("torch"), "results": results}, indent=1) + "\n"
+        )
     return 0
 
 
@@ -339,16 +341,6 @@ def measure_overhead(images: int, rounds: int) -> dict[str, Any]:
         "what": f"ResNet-50, {images} images, {total} crops, queue {length}: beside trunk and head",
         "milliseconds": {name: round(1000 * value, 1) for name, value in seconds.items()},
         "share of the step": shares,
-    }
-
-
-def machine() -> dict[str, object]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
     }
 
 

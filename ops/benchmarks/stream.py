@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 import webdataset
 from crops import photograph
+from machine import machine
 
 from streamswav.config import CropsSection
 from streamswav.crops import MultiCrop
@@ -52,7 +52,7 @@ def main() -> int:
         )
         results = [row for name, folder in folders.items() for row in measure(name, folder, options)]
     if options.json:
-        summary = {"machine": machine(), "rounds": options.rounds, "results": results}
+        summary = {"machine": machine("webdataset"), "rounds": options.rounds, "results": results}
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
     return 0
 
@@ -142,16 +142,6 @@ def build(folder: Path, images: list[bytes], *, shards: int = 4, samples: int = 
                     {"__key__": f"{shard:05d}{index:05d}", "jpg": next(turns), "cls": 0, "json": about}
                 )
     return folder
-
-
-def machine() -> dict[str, object]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "webdataset": webdataset.__version__,
-    }
 
 
 if __name__ == "__main__":
