@@ -54,6 +54,7 @@ _PEER_SECONDS = 10.0
 _STARTUP_GRACE_SECONDS = 15.0
 _BARRIER_SECONDS = 60
 _STACKS_SECONDS = 3.0
+_STACKS_PAUSE_SECONDS = 0.1
 _STARTUP_SECONDS = 1800.0
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -308,19 +309,21 @@ class Gang(SimpleElasticAgent):
         self.hung = True
         say(why)
         for member in running:
-            self._tell_stacks(member)
+            # One that was stopped has to go on to answer.
+            member.send(STACKS_SIGNAL)
+            member.send(signal.SIGCONT)
+        deadline = time.monotonic() + _STACKS_SECONDS
+        for member in running:
+            self._tell_stacks(member, deadline)
         self._kill()
 
-    def _tell_stacks(self, member: Member) -> None:
-        """Ask for the stacks of a rank's threads. One that was stopped has to go on to answer."""
+    def _tell_stacks(self, member: Member, deadline: float) -> None:
+        """Tell the stacks of a rank's threads once it has written them all, or what there is by then."""
         file = stacks_file(self._folder, member.local_rank)
-        member.send(STACKS_SIGNAL)
-        member.send(signal.SIGCONT)
-        deadline, size = time.monotonic() + _STACKS_SECONDS, 0
-        while time.monotonic() < deadline:
-            time.sleep(0.1)
-            if 0 < size == (size := file.stat().st_size):
-                break
+        before, size = -1, 0
+        while time.monotonic() < deadline and not 0 < size == before:
+            time.sleep(_STACKS_PAUSE_SECONDS)
+            before, size = size, file.stat().st_size
         text = file.read_text(errors="replace").strip() or "(no answer: it is stuck in the kernel)"
         say(f"rank {member.rank} (process {member.process.pid}), in {member.beat.phase}:\n{text}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from streamswav import cli
+from streamswav import cli, gang
 
 COMMAND = str(Path(sys.executable).with_name("streamswav"))
 TINY = {
@@ -44,6 +45,9 @@ TINY = {
     "telemetry.port": "0",
     "telemetry.log_seconds": "0.0001",
 }
+
+POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
 
 EMPTY: Mapping[str, str] = types.MappingProxyType({})
 
@@ -142,6 +146,12 @@ class Running:
         self._groups |= {each.group for each in found if each.parent in self._groups}
         return [each for each in found if each.group in self._groups]
 
+    def ranks(self) -> list[int]:
+        """Where this is a launcher: the processes of its ranks, in their order. Each leads its session."""
+        return sorted(
+            each.pid for each in self.members() if each.parent == self.pid and each.pid == each.group
+        )
+
     def left_behind(self, seconds: float = 10) -> list[Process]:
         """What still runs of all that after so many seconds."""
         deadline = time.monotonic() + seconds
@@ -175,11 +185,15 @@ class Fork:
     """`main` in a process that is forked from one that has imported torch; the rest is as in the script."""
 
     def __init__(
-        self, arguments: Sequence[str], output: tuple[Path, Path], environments: Sequence[Mapping[str, str]]
+        self,
+        arguments: Sequence[str],
+        output: tuple[Path, Path],
+        environments: Sequence[Mapping[str, str]],
+        spares: int = 0,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["streamswav.commands.pretrain"])
-        self._process = context.Process(target=_main, args=(list(arguments), output, environments))
+        context.set_forkserver_preload(["streamswav.commands.pretrain", "streamswav.launch"])
+        self._process = context.Process(target=_main, args=(list(arguments), output, environments, spares))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -188,7 +202,9 @@ class Fork:
         return self._process.exitcode
 
 
-def _main(arguments: list[str], output: tuple[Path, Path], environments: list[dict[str, str]]) -> None:
+def _main(
+    arguments: list[str], output: tuple[Path, Path], environments: list[dict[str, str]], spares: int
+) -> None:
     """Call `main`; with several environments, in a process for each."""
     os.setsid()
     for number, path in enumerate(output, 1):
@@ -198,7 +214,54 @@ def _main(arguments: list[str], output: tuple[Path, Path], environments: list[di
         children = [pid for environment in environments if (pid := _fork(arguments, environment))]
         sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
     os.environ.update(environments[0])
+    if spares:
+        waiting = [Spare() for _ in range(spares)]
+        gang.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
+            Popen=lambda *given, **named: waiting.pop(0).become(*given, **named), DEVNULL=subprocess.DEVNULL
+        )
     sys.exit(cli.main(arguments))
+
+
+class Spare:
+    """A child of a launcher that was forked from, in place of a rank that imports torch for itself.
+
+    It is forked before the launcher has threads, and waits; `become` is `subprocess.Popen` for `Gang`: the
+    process is the launcher's own child, in a session of its own, with this environment and no other.
+    """
+
+    def __init__(self) -> None:
+        ours, self._pipe = os.pipe()
+        launcher = os.getpid()
+        if pid := os.fork():
+            os.close(ours)
+            self.pid = pid
+            self.returncode: int | None = None
+            return
+        for number in POLITE:
+            signal.signal(number, signal.SIG_IGN)  # as if it did not exist yet
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os.close(self._pipe)
+        with os.fdopen(ours, "rb") as file:
+            given = file.readline()
+        if not given or os.getppid() != launcher:
+            os._exit(0)
+        os.setsid()
+        for number in POLITE:
+            signal.signal(number, signal.SIG_DFL)
+        told = json.loads(given)
+        os.environ.clear()
+        os.environ.update(told["environment"])
+        sys.exit(cli.main(told["arguments"]))
+
+    def become(self, command: Sequence[str], *, env: Mapping[str, str], **_: object) -> Spare:
+        """Start the rank, and return once its session is its own."""
+        assert list(command[1:3]) == ["-m", "streamswav"]
+        with os.fdopen(self._pipe, "wb") as file:
+            told = {"arguments": command[3:], "environment": dict(env)}
+            file.write(json.dumps(told).encode() + b"\n")
+        while os.getsid(self.pid) != self.pid:
+            time.sleep(0.001)
+        return self
 
 
 def _fork(arguments: list[str], environment: dict[str, str]) -> int:
@@ -232,13 +295,19 @@ def start_ranks(
     folder: Path,
     *,
     launcher: Sequence[str] | None = None,
+    script: bool = False,
     environment: Mapping[str, str] = EMPTY,
 ) -> Running:
-    """Start `streamswav` on several ranks: under `streamswav launch` with these flags or, sooner, forked."""
+    """Start `streamswav` on several ranks: under `streamswav launch` with these flags, or without it.
+
+    As in `start`, launcher and ranks are forked unless the installed script is wanted, seconds slower.
+    """
     output = _output(folder)
     if launcher is not None:
-        command = [COMMAND, "launch", "--nproc-per-node", str(count), *launcher, *arguments]
-        return Running(Script(command, output, environment), output)
+        command = ["launch", "--nproc-per-node", str(count), *launcher, *arguments]
+        if script:
+            return Running(Script([COMMAND, *command], output, environment), output)
+        return Running(Fork(command, output, [dict(environment)], spares=2 * count), output)
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
     shared["MASTER_PORT"] = free_port()
     each = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]

@@ -6,11 +6,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from runs import COMMAND, arguments, free_port, newest, start_ranks
 
+from streamswav import gang
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_RETRY
+from streamswav.heartbeat import make_files
+from streamswav.launch_options import LaunchOptions
 
 COUNTS = [25, 14, 31]
 BATCH = 16
@@ -38,21 +42,15 @@ def saved_after(step):
     return lambda so_far: any(event["step"] >= step for event in so_far.of("checkpoint"))
 
 
-def ranks_of(running):
-    """The ranks that a launcher has now, in their order."""
-    children = (each for each in running.members() if each.parent == running.pid)
-    return [each.pid for each in sorted(children) if "-m streamswav" in each.command]
-
-
 def told(outcome):
     return [line.removeprefix("streamswav: ") for line in outcome.said if line.startswith("streamswav: ")]
 
 
 def test_a_rank_that_is_killed_is_named_and_all_go_on_from_the_last_checkpoint(command, tmp_path):
-    given = command(tmp_path / "run", passes=5)
+    given = command(tmp_path / "run", passes=3)
     with start_ranks(2, given, tmp_path / "out", launcher=["--max-restarts", "1"]) as running:
         running.wait_until(saved_after(2))
-        os.kill(ranks_of(running)[1], signal.SIGKILL)
+        os.kill(running.ranks()[1], signal.SIGKILL)
         outcome = running.wait()
         assert running.left_behind() == []
     assert outcome.code == EXIT_DONE, outcome.err[-4000:]
@@ -61,13 +59,13 @@ def test_a_rank_that_is_killed_is_named_and_all_go_on_from_the_last_checkpoint(c
     (resumed,) = outcome.of("resumed")
     assert resumed["step"] >= 2
     stream = json.loads((tmp_path / "run" / "summary.json").read_text())["stream"]
-    assert stream["trained"] + stream["left"] == 5 * sum(COUNTS)
+    assert stream["trained"] + stream["left"] == 3 * sum(COUNTS)
 
 
 def test_without_restarts_left_a_killed_rank_is_a_failure_and_its_peers_end_soon(command, tmp_path):
     with start_ranks(2, command(tmp_path / "run"), tmp_path / "out", launcher=[]) as running:
         running.wait_until(saved_after(2))
-        os.kill(ranks_of(running)[0], signal.SIGKILL)
+        os.kill(running.ranks()[0], signal.SIGKILL)
         outcome = running.wait(30)
         assert running.left_behind() == []
     assert outcome.code == EXIT_FAILED
@@ -90,7 +88,8 @@ def test_what_must_not_be_restarted_is_told_once_and_not_restarted(command, tmp_
 
 def test_signals_to_all_processes_drain_once_and_end_with_the_retry_code(command, tmp_path):
     given = command(tmp_path / "run", workers=1)
-    with start_ranks(2, given, tmp_path / "out", launcher=["--retry-code", "143"]) as running:
+    flags = ["--retry-code", "143"]
+    with start_ranks(2, given, tmp_path / "out", launcher=flags, script=True) as running:
         running.wait_until(saved_after(2))
         running.signal_group(signal.SIGTERM)
         running.signal_group(signal.SIGTERM)
@@ -104,7 +103,7 @@ def test_signals_to_all_processes_drain_once_and_end_with_the_retry_code(command
 
 def test_a_signal_before_the_first_step_ends_all_ranks_for_another_try(command, tmp_path):
     with start_ranks(2, command(tmp_path / "run"), tmp_path / "out", launcher=[]) as running:
-        running.wait_until(lambda _: len(ranks_of(running)) == 2)
+        running.wait_until(lambda _: len(running.ranks()) == 2)
         running.signal(signal.SIGHUP)
         assert running.wait(60).code == EXIT_RETRY
         assert running.left_behind() == []
@@ -114,7 +113,7 @@ def test_a_signal_before_the_first_step_ends_all_ranks_for_another_try(command, 
 def test_a_second_interrupt_ends_ranks_that_do_not_drain(command, tmp_path):
     with start_ranks(2, command(tmp_path / "run"), tmp_path / "out", launcher=[]) as running:
         running.wait_until(saved_after(2))
-        for pid in ranks_of(running):
+        for pid in running.ranks():
             os.kill(pid, signal.SIGSTOP)
         running.signal(signal.SIGINT)
         with pytest.raises(AssertionError, match="no end within"):
@@ -131,7 +130,7 @@ def test_ranks_that_do_not_save_in_time_are_ended_with_their_stacks(command, tmp
     given = command(tmp_path / "run")
     with start_ranks(2, given, tmp_path / "out", launcher=["--grace-seconds", "0.5"]) as running:
         running.wait_until(saved_after(2))
-        os.kill(ranks_of(running)[0], signal.SIGSTOP)
+        os.kill(running.ranks()[0], signal.SIGSTOP)
         running.signal(signal.SIGTERM)
         outcome = running.wait(60)
     assert outcome.code == EXIT_RETRY
@@ -151,7 +150,7 @@ def test_a_hung_gang_is_ended_with_the_stacks_of_all_ranks(command, tmp_path):
     given = command(tmp_path / "run", watchdog={"step_seconds": 2})
     with start_ranks(2, given, tmp_path / "out", launcher=["--max-restarts", "3"]) as running:
         running.wait_until(saved_after(2))
-        os.kill(ranks_of(running)[1], signal.SIGSTOP)
+        os.kill(running.ranks()[1], signal.SIGSTOP)
         outcome = running.wait(60)
         assert running.left_behind() == []
     assert outcome.code == EXIT_RETRY, outcome.err[-4000:]
@@ -160,6 +159,35 @@ def test_a_hung_gang_is_ended_with_the_stacks_of_all_ranks(command, tmp_path):
         stacks = outcome.err.partition(f"rank {rank} (process")[2].partition("streamswav: ")[0]
         assert "most recent call first" in stacks
         assert "trainer.py" in stacks
+
+
+@pytest.mark.timeout(60)
+def test_the_stacks_are_told_as_soon_as_they_are_written(monkeypatch, tmp_path, capsys):
+    """With no limit on the wait, what else ends it?"""
+    monkeypatch.setattr(gang, "_STACKS_SECONDS", 1e6)
+    beat = make_files(tmp_path, 0)
+    program = f"""
+import pathlib, time
+from streamswav.heartbeat import Beat, attach, find_heartbeat
+folder = pathlib.Path({str(tmp_path)!r})
+attach(folder, 0)
+find_heartbeat(folder, 0).write(Beat(1.0, 1.0, "step"))
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program])
+    member = gang.Member(0, 0, process, beat, started=0.0)
+    while not beat.read().phase:
+        assert process.poll() is None
+        time.sleep(0.01)
+    hung = gang.Gang(
+        ["-"], LaunchOptions(), ranks=1, stop=gang.Stop(), environment={}, folder=tmp_path, attempt=0
+    )
+    hung.members = [member]
+    hung._look_for_hangs()
+    hung._look_for_hangs()  # at two looks in succession
+    assert process.wait() == -signal.SIGKILL
+    assert "most recent call first" in capsys.readouterr().err
+    assert hung.outcome() == EXIT_RETRY
 
 
 def two_nodes(command, folder, *, ranks=1):
