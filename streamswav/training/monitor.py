@@ -94,7 +94,8 @@ class Monitor:
         """Record one step."""
         self._watchdog.enter("step")
         if self.loss_first is None:  # the first step is logged at once, so it may be read
-            self.loss_first = self._mean_over_ranks(float(result.loss))
+            first = self._mean_over_ranks(float(result.loss))
+            self.loss_first = first if math.isfinite(first) else None
         # A loss that is not finite was skipped with its step.
         self._losses += torch.where(result.skipped, 0.0, result.loss)
         self._counted += result.skipped.logical_not()
@@ -119,7 +120,6 @@ class Monitor:
         metrics = self.metrics
         metrics.images.inc(settled.trained)
         metrics.samples.labels("trained").inc(settled.trained)
-        metrics.samples.labels("skipped_step").inc(settled.skipped)
         metrics.nonfinite_steps.inc(settled.skipped_steps)
         metrics.nonfinite_consecutive.set(in_a_row)
         if settled.skipped_steps:

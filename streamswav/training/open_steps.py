@@ -22,10 +22,9 @@ REMEDIES = "lower optimizer.rate, raise swav.epsilon, or use training.precision 
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of the steps since the last reading: images of all ranks."""
+    """The steps since the last reading: images of all ranks that were trained, steps that did not count."""
 
     trained: int
-    skipped: int
     skipped_steps: int
 
 
@@ -56,7 +55,7 @@ class OpenSteps:
     def settle(self) -> Settled:
         """Read which steps were skipped, and tell the feed; every rank must call this after the same step."""
         if not self._open:
-            return Settled(0, 0, 0)
+            return Settled(0, 0)
         flags: list[bool] = torch.stack([result.skipped for _, result in self._open]).tolist()
         for (batch, result), skipped in zip(self._open, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
@@ -67,7 +66,7 @@ class OpenSteps:
         skipped_steps, batch_size = sum(flags), self._feed.position.grid.batch
         self._steps += len(flags)
         self._skipped += skipped_steps
-        return Settled((len(flags) - skipped_steps) * batch_size, skipped_steps * batch_size, skipped_steps)
+        return Settled((len(flags) - skipped_steps) * batch_size, skipped_steps)
 
     def check(self, step: int, *, last: bool = False) -> None:
         """Hold the skipped steps to their budget; `last`: a run that ends may not end with several of them.

@@ -503,6 +503,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_never_saved(shards, train)
     assert train(images=8).code == EXIT_DONE
     ended = train(optimizer={"rate": 1e30})
     refused(ended, "not finite and were skipped", "lower optimizer.rate")
-    assert ended.metric("nonfinite_steps_total") == ended.metric("nonfinite_steps_consecutive") > 0
+    steps = ended.metric("nonfinite_steps_total")
+    assert steps == ended.metric("nonfinite_steps_consecutive") > 0
+    assert ended.metric("samples_total", outcome="skipped_step") == BATCH * steps
     assert ended.position.trained == 8
     check_position(train(optimizer={"rate": 0.01}), shards)
