@@ -118,7 +118,7 @@ class SwAVLoss:
         return LossResult(loss, codes)
 
     def _codes(self, scores: Tensor, prototypes: Tensor, queue: FeatureQueue | None) -> Tensor:
-        candidates = scores[list(self.assigned)]
+        candidates = torch.stack([scores[crop] for crop in self.assigned])  # a list as index would be sent over
         batch = candidates.shape[1]
         if queue is not None:
             candidates = torch.cat([queue.features @ prototypes.T, candidates], dim=1)

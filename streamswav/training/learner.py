@@ -110,7 +110,7 @@ class Learner:
         self._undo.where(skipped)
         embeddings, scores = embeddings.detach(), scores.detach()
         if queue is not None:
-            queue.push(embeddings[list(self.objective.assigned)], unless=skipped)
+            queue.push(torch.stack([embeddings[crop] for crop in self.objective.assigned]), unless=skipped)
         pushed = scores.shape[1] if queue is not None else 0
         return StepResult(loss.detach(), grad_norm, skipped, embeddings, scores, pushed)
 
