@@ -8,6 +8,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -48,6 +49,7 @@ TINY = {
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+QUIET_PORTS = (20000, 32000)  # below those that Linux gives to connections
 
 EMPTY: Mapping[str, str] = types.MappingProxyType({})
 
@@ -350,11 +352,12 @@ def processes() -> list[Process]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, and that no connection is given as its own end meanwhile."""
+    for port in random.sample(range(*QUIET_PORTS), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("100 ports are taken")
 
 
 def scrape_text(port: int) -> str:

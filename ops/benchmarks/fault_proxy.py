@@ -24,7 +24,7 @@ import signal
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -105,6 +105,8 @@ class FaultProxy:
 
     Attributes:
         rates: may be set at any time.
+        holds: tells of a request, by method and path, whether it stalls; may be set at any time. A write is
+            passed on first.
         injected: how often each fault was injected.
         requests: all that was asked for, in order of arrival.
         sent: bytes of bodies passed back to clients.
@@ -125,6 +127,7 @@ class FaultProxy:
         self._target, self._seed, self._writes = urlsplit(target), seed, writes
         self._burst, self._stall_seconds = burst, stall_seconds
         self.rates = rates or Rates()
+        self.holds: Callable[[str, str], bool] = lambda _method, _path: False
         self.port = port
         self.injected: collections.Counter[str] = collections.Counter(dict.fromkeys(FAULTS, 0))
         self.requests: list[Request] = []
@@ -289,6 +292,8 @@ class FaultProxy:
         signed, token = (head.headers.get(name, "") for name in ("authorization", "x-amz-security-token"))
         if token in self.expired or any(f"Credential={key}/" in signed for key in self.expired):
             return Fault("expired")
+        if self.holds(*head.first[:2]):
+            return Fault("stall")
         if head.first[0] not in ("GET", "HEAD") and not self._writes:
             return None
         if self._next:
