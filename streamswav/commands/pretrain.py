@@ -39,7 +39,14 @@ from streamswav.telemetry.exporter import serve_metrics
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.build import build_learner
-from streamswav.training.distributed import Ranks, join_ranks, local_world_size, own_heartbeat, own_rank
+from streamswav.training.distributed import (
+    Ranks,
+    compute_repeatably,
+    join_ranks,
+    local_world_size,
+    own_heartbeat,
+    own_rank,
+)
 from streamswav.training.feed import Feed, Hooks
 from streamswav.training.feeding import begun_grid, build_feed, build_selection
 from streamswav.training.growth import Growth
@@ -148,8 +155,7 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
     torch.set_num_threads(config.training.threads or _cores())
     torch.manual_seed(config.stream.seed)
     if config.training.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+        compute_repeatably()
     elif ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
 

@@ -26,6 +26,9 @@ _LOST = (
     "Timed out waiting",
 )
 
+# With these cuBLAS works with one workspace a stream, and always in the same order.
+_CUBLAS_VARIABLE, _CUBLAS_REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+
 Plain = TypeVar("Plain")
 
 
@@ -183,3 +186,17 @@ def _pick_device(device: str, local_rank: int) -> torch.device:
         raise ConfigError("training.device", reason, value=device)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def compute_repeatably() -> None:
+    """Let torch, cuDNN and cuBLAS give the same bits for the same input, from here on; TF32 stays as it is.
+
+    To be called before the first product of matrices on a GPU: what cuBLAS is told then holds for good.
+    """
+    if os.environ.get(_CUBLAS_VARIABLE) not in _CUBLAS_REPEATABLE:
+        os.environ[_CUBLAS_VARIABLE] = _CUBLAS_REPEATABLE[0]
+    torch.use_deterministic_algorithms(True)
+    # It would fill what torch.empty returns, which costs a pass; nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
