@@ -277,7 +277,10 @@ class Gang(SimpleElasticAgent):
                 )
 
     def _end_bereaved(self) -> None:
-        """End the ranks soon where one of them crashed; where one has drained, give the others time."""
+        """End the ranks soon where one of them crashed; where one has drained, give the others time.
+
+        One that writes a checkpoint brings that to its end, within the watchdog's limit.
+        """
         codes = [self._meaning(member) for member in self.members if member.code is not None]
         if not any(codes):
             return
@@ -286,7 +289,7 @@ class Gang(SimpleElasticAgent):
             self._deadline = time.monotonic() + patience
         self._deadline = min(self._deadline, time.monotonic() + patience)
         if time.monotonic() > self._deadline:
-            self._kill()
+            self._kill(spare="checkpoint")
 
     def _look_for_hangs(self) -> None:
         """End a gang whose rank has been in one phase for too long, at two looks in succession."""
@@ -327,12 +330,14 @@ class Gang(SimpleElasticAgent):
         text = file.read_text(errors="replace").strip() or "(no answer: it is stuck in the kernel)"
         say(f"rank {member.rank} (process {member.process.pid}), in {member.beat.phase}:\n{text}")
 
-    def _kill(self, why: str = "") -> None:
+    def _kill(self, why: str = "", *, spare: str = "") -> None:
+        """End the ranks at once, but those that are in the phase to be spared."""
         running = [member for member in self.running if not member.ended_by_us]
         if running and why:
             say(why)
         for member in running:
-            member.kill()
+            if not spare or member.beat.phase != spare:
+                member.kill()
 
     def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:  # noqa: ARG002
         self._kill()

@@ -196,8 +196,9 @@ def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
         monitor.begin(images=feed.seen, loss_first=loss_first)
         try:
             trainer.train()
-        except StreamswavError:
-            saver.close(_CLOSE_SECONDS)
+        except Exception:  # also what gloo says of lost peers: what was staged is whole
+            with watchdog.within("checkpoint"):
+                saver.close(_CLOSE_SECONDS)
             raise
     run.metrics.set_state("done")
     summary = ranks.lead(lambda: summarise(run, trainer, feed, monitor, saver))

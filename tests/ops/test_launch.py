@@ -13,7 +13,7 @@ from runs import COMMAND, arguments, free_port, newest, start_ranks
 
 from streamswav import gang
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_RETRY
-from streamswav.heartbeat import make_files
+from streamswav.heartbeat import Beat, make_files
 from streamswav.launch_options import LaunchOptions
 
 COUNTS = [25, 14, 31]
@@ -161,10 +161,9 @@ def test_a_hung_gang_is_ended_with_the_stacks_of_all_ranks(command, tmp_path):
         assert "trainer.py" in stacks
 
 
-@pytest.mark.timeout(60)
-def test_the_stacks_are_told_as_soon_as_they_are_written(monkeypatch, tmp_path, capsys):
-    """With no limit on the wait, what else ends it?"""
-    monkeypatch.setattr(gang, "_STACKS_SECONDS", 1e6)
+@pytest.fixture
+def member(tmp_path):
+    """A rank that has entered a step long ago and sleeps; it knows nothing of a run."""
     beat = make_files(tmp_path, 0)
     program = f"""
 import pathlib, time
@@ -175,19 +174,44 @@ find_heartbeat(folder, 0).write(Beat(1.0, 1.0, "step"))
 time.sleep(600)
 """
     process = subprocess.Popen([sys.executable, "-c", program])
-    member = gang.Member(0, 0, process, beat, started=0.0)
     while not beat.read().phase:
         assert process.poll() is None
         time.sleep(0.01)
-    hung = gang.Gang(
-        ["-"], LaunchOptions(), ranks=1, stop=gang.Stop(), environment={}, folder=tmp_path, attempt=0
-    )
-    hung.members = [member]
+    yield gang.Member(0, 0, process, beat, started=0.0)
+    process.kill()
+    process.wait()
+
+
+def gang_of(folder, *members):
+    launcher = {"options": LaunchOptions(), "stop": gang.Stop(), "environment": {}, "folder": folder}
+    whole = gang.Gang(["-"], ranks=len(members), **launcher)
+    whole.members = list(members)
+    return whole
+
+
+@pytest.mark.timeout(60)
+def test_stacks_are_told_as_soon_as_they_are_written(member, monkeypatch, tmp_path, capsys):
+    """With no limit on the wait, what else ends it?"""
+    monkeypatch.setattr(gang, "_STACKS_SECONDS", 1e6)
+    hung = gang_of(tmp_path, member)
     hung._look_for_hangs()
     hung._look_for_hangs()  # at two looks in succession
-    assert process.wait() == -signal.SIGKILL
+    assert member.process.wait() == -signal.SIGKILL
     assert "most recent call first" in capsys.readouterr().err
     assert hung.outcome() == EXIT_RETRY
+
+
+def test_a_rank_that_writes_a_checkpoint_is_not_ended_with_its_peer(member, monkeypatch, tmp_path):
+    monkeypatch.setattr(gang, "_PEER_SECONDS", -1)
+    crashed = gang.Member(1, 1, member.process, member.heartbeat, started=0.0, code=-signal.SIGSEGV)
+    bereaved = gang_of(tmp_path, member, crashed)
+    member.heartbeat.write(Beat(1.0, 0.0, "checkpoint"))
+    bereaved._end_bereaved()
+    assert not member.ended_by_us
+    member.heartbeat.write(Beat(1.0, 0.0, "step"))
+    bereaved._end_bereaved()
+    assert member.process.wait() == -signal.SIGKILL
+    assert bereaved.outcome() == EXIT_FAILED
 
 
 def two_nodes(command, folder, *, ranks=1):
