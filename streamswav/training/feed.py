@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from streamswav.crops import MultiCrop
-from streamswav.errors import ManifestError
+from streamswav.errors import EXIT_FAILED, ManifestError, PeerError
 from streamswav.loader import Batch, Exhausted, Item, LaneBatches
 from streamswav.processes import Failed, open_loader, run_errand
 from streamswav.stream.grid import check_grid
@@ -229,7 +229,10 @@ class Feed:
         )
         if failed:
             errors = self._ranks.gather(item.error if isinstance(item, Failed) else None)
-            raise next(error for error in errors if error)
+            rank, error = next((rank, error) for rank, error in enumerate(errors) if error)
+            if error.exit_code == EXIT_FAILED and not isinstance(item, Failed):
+                raise PeerError(f"rank {rank}: {error}")  # the failure counts once, on the node where it is
+            raise error
         self.drained, self.save_agreed, self.log_agreed = bool(drain), bool(save), bool(log)
         if drain:
             return None, ()

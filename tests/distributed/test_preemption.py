@@ -8,8 +8,9 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +60,16 @@ def to_rank(node, number):
 
 
 def to_loader(node, number):
-    """To a loader process: a child of the fork server of a rank."""
+    """To a loader process: a child of the fork server of a rank. They come and go with the passes."""
 
     def strike(nodes):
-        members, ranks = nodes[node].members(), nodes[node].ranks()
-        servers = [each.pid for each in members if each.parent in ranks and "forkserver" in each.command]
-        os.kill(next(each.pid for each in members if each.parent in servers), number)
+        while not nodes[node].ended:
+            members, ranks = nodes[node].members(), nodes[node].ranks()
+            servers = [each.pid for each in members if each.parent in ranks and "forkserver" in each.command]
+            with suppress(StopIteration, ProcessLookupError):
+                os.kill(next(each.pid for each in members if each.parent in servers), number)
+                return
+            time.sleep(0.005)
 
     return strike
 
@@ -97,7 +102,7 @@ BLOWS = {
     "SIGTERM to all processes of node 0": Blow(to_node(0, signal.SIGTERM), (AGAIN, AGAIN), drains=True),
     "SIGKILL to rank 0": Blow(to_rank(0, signal.SIGKILL), (CRASHED, AGAIN), finishes=False),
     "SIGKILL to rank 1": Blow(to_rank(1, signal.SIGKILL), (AGAIN, CRASHED)),
-    "SIGKILL to a loader process": Blow(to_loader(1, signal.SIGKILL), (CRASHED, CRASHED), workers=1),
+    "SIGKILL to a loader process": Blow(to_loader(1, signal.SIGKILL), (AGAIN, CRASHED), workers=1),
     "SIGKILL to launcher 0": Blow(to_launcher(0, signal.SIGKILL), (KILLED, AGAIN), finishes=False),
     "SIGKILL to launcher 1": Blow(to_launcher(1, signal.SIGKILL), (AGAIN, KILLED)),
     "SIGKILL to all processes of node 1": Blow(to_node(1, signal.SIGKILL), (AGAIN, KILLED)),
@@ -259,6 +264,9 @@ def disturb(blow, moment, place, build, folder):
         blow.strike(nodes)
         if place.gate and not blow.hangs:
             place.release()
+        while blow.workers and not nodes[1].ended:
+            blow.strike(nodes)  # one that had nothing to do any more is not missed
+            time.sleep(0.01)
         outcomes = [node.wait(60) for node in nodes]
         assert [node.left_behind() for node in nodes] == [[], []]
     assert tuple(outcome.code for outcome in outcomes) == blow.codes, [each.err[-3000:] for each in outcomes]
