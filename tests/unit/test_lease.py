@@ -71,9 +71,9 @@ def test_without_seconds_there_is_no_lease(tmp_path):
 
 
 def test_a_second_writer_is_refused_by_the_name_of_the_first_once_that_one_renews(place):
-    first, said = Lease(*place, seconds=1.2), []
+    first, said = Lease(*place, seconds=5.0), []
     first.acquire()
-    second = Lease(*place, seconds=1.2, tell=said.append)
+    second = Lease(*place, seconds=5.0, tell=said.append)
     with pytest.raises(
         LeaseError, match=f"another run writes here .{socket.gethostname()}, process"
     ) as error:
