@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_sample_order_is_refused(command, whole, tmp_pat
 
 
 def test_a_second_run_in_the_same_folder_is_refused_by_the_name_of_the_first(command, tmp_path):
-    build = command(tmp_path / "run", passes=10_000, lease_seconds=3)
+    build = command(tmp_path / "run", passes=10_000, lease_seconds=6)
     with start(build, tmp_path / "first") as first:
         first.wait_until(lambda so_far: so_far.of("checkpoint"))
         second = run(build, tmp_path / "second")
