@@ -71,9 +71,17 @@ class GoldenRun:
             batch=self.batch,
         )
 
-    def learner(self, group: dist.ProcessGroup | None = None, **wrapping: Any) -> Learner:
+    def learner(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | None = None,
+        autocast: torch.dtype | None = None,
+        **wrapping: Any,
+    ) -> Learner:
         network = tiny_network()
         network.load_state_dict(from_reference_layout(self.tensors("init")))
+        network.to(device)
         objective = SwAVLoss(
             epsilon=self.cfg("epsilon"),
             iterations=int(self.cfg("sinkhorn_iterations")),
@@ -86,7 +94,11 @@ class GoldenRun:
             objective,
             LARS(network.parameters(), 0.0, weight_decay=self.cfg("wd")),
             crops=5,
-            queue=FeatureQueue(length=length, dim=12, crops=2) if length else None,
+            queue=FeatureQueue(length=length, dim=12, crops=2).to(device) if length else None,
+            autocast=autocast,
+            scaler=torch.amp.GradScaler(network.prototypes.weight.device.type, init_scale=128.0)
+            if autocast is torch.float16  # a scale from which no step of the recorded ones overflows
+            else None,
         )
 
     def crops(self, rank: int, step: int) -> list[Tensor]:
@@ -95,10 +107,10 @@ class GoldenRun:
 
     def train(self, learner: Learner, rank: int, steps: range | None = None) -> Iterator[float]:
         """Yield the loss of each step."""
-        schedule = self.schedule()
+        schedule, device = self.schedule(), learner.module.prototypes.weight.device
         for step in steps or range(len(self.arrays["lr"])):
             result = learner.step(
-                self.crops(rank, step),
+                [crop.to(device) for crop in self.crops(rank, step)],
                 rate=schedule.rate(step * self.batch),
                 freeze_prototypes=step < self.cfg("freeze_prototypes_niters"),
                 use_queue=step * self.batch >= self.images("epoch_queue_starts"),
@@ -140,4 +152,4 @@ def sinkhorn_golden(name: str) -> dict[str, Any]:
 
 
 def _distance(actual: Tensor, recorded: Tensor) -> float:
-    return float((actual - recorded).abs().max() / recorded.abs().max())
+    return float((actual.cpu() - recorded).abs().max() / recorded.abs().max())

@@ -1,0 +1,1 @@
+"""Certifies streamswav on a GPU node; `ops/certify-gpu` starts it."""
