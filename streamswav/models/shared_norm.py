@@ -1,7 +1,8 @@
 """Batch norm whose statistics are taken over several ranks, on any device.
 
-torch's SyncBatchNorm exists on GPUs alone. CPU ranks are for tests and small data, where what matters is that
-the result does not depend on how many there are.
+On GPUs it is torch's SyncBatchNorm, but for a wait in each of its forward passes; that exists on GPUs alone.
+CPU ranks are for tests and small data, where what matters is that the result does not depend on how many
+there are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import _functions
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -26,16 +28,81 @@ def share_statistics(network: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def _shared(norm: _BatchNorm, group: dist.ProcessGroup) -> nn.Module:
-    if next(norm.parameters()).device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm, group)  # type: ignore[no-untyped-call]  # torch
-        return converted
-    shared = SharedBatchNorm(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    )
+    on_gpu = next(norm.parameters()).device.type == "cuda"
+    kind = QuietSyncBatchNorm if on_gpu else SharedBatchNorm
+    shared = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     for name, own in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
         setattr(shared, name, own)  # the same objects: an optimizer may hold them already
     shared.group = group
     return shared.train(norm.training)
+
+
+class QuietSyncBatchNorm(_BatchNorm):
+    """torch's SyncBatchNorm for ranks of which none is without samples; nothing is read from the device.
+
+    torch's own leaves out ranks without samples, for which it reads from the device in each forward pass how
+    many have some.
+
+    Attributes:
+        group: the ranks.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Normalise by the statistics of all ranks; in eval mode by the running ones."""
+        if not self.training:
+            return super().forward(input)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        output: Tensor = _Synchronised.apply(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.eps,
+            self.momentum,
+            self.group,
+            dist.get_world_size(self.group),
+        )
+        return output
+
+
+class _Synchronised(_functions.SyncBatchNorm):
+    """torch's own forward pass without the search for ranks that are empty; backward is torch's."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - torch's
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        eps: float,
+        momentum: float,
+        group: dist.ProcessGroup,
+        world_size: int,
+    ) -> Tensor:
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        channels = x.shape[1]
+        mean, inverse = torch.batch_norm_stats(x, eps)
+        own = torch.cat([mean, inverse, mean.new_full((1,), x.numel() // channels)])
+        everything = own.new_empty(world_size * own.numel())
+        dist.all_gather_into_tensor(everything, own, group)
+        means, inverses, counts = torch.split(everything.view(world_size, -1), channels, dim=1)
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(
+            x, means, inverses, running_mean, running_var, momentum, eps, counts.flatten()
+        )
+        ctx.save_for_backward(x, weight, mean, inverse, counts.to(torch.int32))
+        ctx.process_group = group
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
 
 
 class SharedBatchNorm(_BatchNorm):
