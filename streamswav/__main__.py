@@ -2,7 +2,7 @@
 
 import sys
 
-from streamswav.cli import main
+from streamswav.cli import enter
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(enter())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import itertools
 import json
 import logging
@@ -263,5 +264,20 @@ def _schema(_: argparse.Namespace) -> None:
     sys.stdout.write(json.dumps(Config.model_json_schema(), indent=1) + "\n")
 
 
+def enter() -> int:
+    """Run one command as a process of its own: what the installed script does.
+
+    A rank leaves without taking torch down: gloo's threads live on after the process group is destroyed, and
+    may abort the process while C++ clears up, long after all is saved.
+    """
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(enter())

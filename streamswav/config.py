@@ -379,6 +379,9 @@ def _check_objective(config: Config) -> None:
 
 def _check_statistics(config: Config) -> None:
     training = config.training
+    if training.topology_invariant and training.sync_batch_norm:
+        reason = "with topology_invariant all ranks share batch statistics: 0"
+        raise ConfigError("training.sync_batch_norm", reason, value=training.sync_batch_norm)
     if training.topology_invariant and training.micro_batches > 1:
         reason = "the trunk's batch statistics are those of a piece of the batch; not with topology_invariant"
         raise ConfigError("training.micro_batches", reason, value=training.micro_batches)

@@ -42,7 +42,14 @@ def swapped_prediction_loss(
 
     Returns:
         A scalar, float32 or better.
+
+    Raises:
+        ValueError: fewer than two crops, or assigned crops that are not among them.
     """
+    if not assigned or len({*assigned}) != len(assigned) or not {*assigned} <= {*range(len(scores))}:
+        raise ValueError(f"assigned must name some of the {len(scores)} crops, each once, not {assigned}")
+    if len(scores) < 2:
+        raise ValueError("swapped prediction needs at least two crops")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     loss: Tensor = _SwappedPrediction.apply(scores, codes, tuple(assigned), temperature)
     return loss
@@ -118,10 +125,14 @@ class SwAVLoss:
         return LossResult(loss, codes)
 
     def _codes(self, scores: Tensor, prototypes: Tensor, queue: FeatureQueue | None) -> Tensor:
-        candidates = torch.stack([scores[crop] for crop in self.assigned])  # a list as index would be sent over
+        candidates = torch.stack(
+            [scores[crop] for crop in self.assigned]
+        )  # a list as index would be sent over
         batch = candidates.shape[1]
         if queue is not None:
-            candidates = torch.cat([queue.features @ prototypes.T, candidates], dim=1)
+            with torch.autocast(scores.device.type, enabled=False):  # as the batch's scores
+                past = queue.features @ prototypes.T
+            candidates = torch.cat([past, candidates], dim=1)
         codes = sinkhorn(
             candidates,
             epsilon=self.epsilon,

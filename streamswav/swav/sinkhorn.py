@@ -80,7 +80,7 @@ def sinkhorn(
 
 
 def _check(epsilon: float, iterations: int, rows: int, batch: int) -> None:
-    if not epsilon > 0:
+    if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon must be above 0, not {epsilon}")
     if iterations < 0:
         raise ValueError(f"iterations must be 0 or more, not {iterations}")

@@ -164,17 +164,20 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are checkpoints, but none is whole.
         """
-        names = self.names()
-        for name in reversed(self._of_the_line(names)):
-            try:
-                return read_checkpoint(join(self.url, name), self._store, only=only)
-            except CheckpointError as error:
-                self.warn(f"passed over: {error}")
-        if self.begun():
-            raise CheckpointError(
-                f"{self.url}: none of the {len(names)} checkpoints is whole; remove them to start"
-            )
-        return None
+        names, before = self.names(), None
+        # Beside a run that goes on, what was listed may be gone when it is read: it is listed again then.
+        while names != before:
+            for name in reversed(self._of_the_line(names)):
+                try:
+                    return read_checkpoint(join(self.url, name), self._store, only=only)
+                except CheckpointError as error:
+                    self.warn(f"passed over: {error}")
+            if not self.begun():
+                return None
+            before, names = names, self.names()
+        raise CheckpointError(
+            f"{self.url}: none of the {len(names)} checkpoints is whole; remove them to start"
+        )
 
     def begun(self) -> bool:
         """Tell whether any checkpoint was ever written to its end."""

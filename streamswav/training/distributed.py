@@ -153,7 +153,9 @@ def _naming_lost_peers() -> Iterator[None]:
     except RuntimeError as error:  # gloo has no kind of its own
         if not isinstance(error, dist.DistError) and not any(each in str(error) for each in _LOST):
             raise
-        rank, reason = own_rank(), str(error).strip().partition("\n")[0]
+        # Without the place in gloo's source before it and its advice after it.
+        line = str(error).strip().partition("\n")[0]
+        rank, reason = own_rank(), line.rpartition("] ")[2].partition(". ")[0]
         raise PeerError(
             f"rank {rank} lost the other ranks, which tell why on their machines ({reason})"
         ) from None

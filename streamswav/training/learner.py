@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import Optimizer
 
-from streamswav.errors import CheckpointError
+from streamswav.errors import CheckpointError, ConfigError
 from streamswav.models import SwAVNetwork
 from streamswav.swav import FeatureQueue, SwAVLoss
 from streamswav.training.masking import Undo
@@ -31,6 +32,7 @@ class StepResult:
         embeddings: unit embeddings [N, B, D].
         scores: prototype scores [N, B, K].
         pushed: embeddings an assigned crop that went into the queue, should the step turn out to count.
+        filled: the queue is full with them, should all the steps that filled it have counted.
     """
 
     loss: Tensor
@@ -39,6 +41,7 @@ class StepResult:
     embeddings: Tensor
     scores: Tensor
     pushed: int
+    filled: bool
 
 
 class Learner:
@@ -112,7 +115,8 @@ class Learner:
         if queue is not None:
             queue.push(torch.stack([embeddings[crop] for crop in self.objective.assigned]), unless=skipped)
         pushed = scores.shape[1] if queue is not None else 0
-        return StepResult(loss.detach(), grad_norm, skipped, embeddings, scores, pushed)
+        filled = queue is not None and queue.full and past is None
+        return StepResult(loss.detach(), grad_norm, skipped, embeddings, scores, pushed, filled)
 
     def take_back(self, result: StepResult) -> None:
         """Hear that a step was skipped, which only reading `skipped` can tell."""
@@ -172,7 +176,7 @@ class Learner:
     def _forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return embeddings [N, B, D] and scores [N, B, K]."""
         enabled = self._autocast is not None
-        with torch.autocast(self._device_type, dtype=self._autocast, enabled=enabled):
+        with torch.autocast(self._device_type, dtype=self._autocast, enabled=enabled), _naming_too_few():
             embeddings, scores = self.network(crops)
         return embeddings.unflatten(0, (self._crops, -1)), scores.unflatten(0, (self._crops, -1))
 
@@ -202,6 +206,18 @@ class Learner:
         self.optimizer.step()
         self._scaler.update()
         return norm, skipped
+
+
+@contextmanager
+def _naming_too_few() -> Iterator[None]:
+    """Make a mistake of the user's of what a batch norm says that has one value to take statistics of."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        reason = "too few images at once for batch statistics: a larger batch a rank, or fewer micro_batches"
+        raise ConfigError("training.batch", reason) from None
 
 
 def running_statistics(network: torch.nn.Module) -> list[Tensor]:

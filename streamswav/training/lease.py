@@ -23,8 +23,9 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from streamswav.errors import ChangedError, LeaseError, NotFoundError, StorageError
 from streamswav.stream.store import Store, join, redact
@@ -33,6 +34,8 @@ LEASE_FILE = "lease.json"
 RENEWALS = 3
 LONG_OVER_SECONDS = 600.0
 LOOK_SECONDS = 0.5
+
+_KINDS: dict[object, Callable[[object], object]] = {"int": int, "float": float, "str": str}  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True)
@@ -232,9 +235,12 @@ def _lost(url: str, found: Holder | None) -> LeaseError:
 def _parse(content: bytes | None) -> Holder | None:
     """What is no lease is nobody's."""
     try:
-        return Holder(**json.loads(content)) if content else None
-    except (ValueError, TypeError):
+        values = json.loads(content) if content else {}
+        # A later version may say more of itself, and holds the lease all the same.
+        known: dict[str, Any] = {each.name: _KINDS[each.type](values[each.name]) for each in fields(Holder)}
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
+    return Holder(**known)
 
 
 def _myself(number: int, seconds: float) -> Holder:

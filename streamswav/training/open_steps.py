@@ -43,7 +43,7 @@ class OpenSteps:
     def __init__(self, section: TrainingSection, learner: Learner, feed: Feed) -> None:
         self._section, self._learner, self._feed = section, learner, feed
         self._open: list[tuple[Batch, StepResult]] = []
-        self._steps = self._skipped = 0
+        self._steps = self._skipped = self._longest = 0
         self.in_a_row = 0
 
     def add(self, batch: Batch, result: StepResult) -> None:
@@ -57,8 +57,10 @@ class OpenSteps:
         if not self._open:
             return Settled(0, 0)
         flags: list[bool] = torch.stack([result.skipped for _, result in self._open]).tolist()
+        self._longest = self.in_a_row
         for (batch, result), skipped in zip(self._open, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
+            self._longest = max(self._longest, self.in_a_row)
             if skipped:
                 self._feed.skip(batch)
                 self._learner.take_back(result)
@@ -75,8 +77,11 @@ class OpenSteps:
             NonFiniteError: the budget is spent; the weights are those from before these steps.
         """
         row, share = self._section.nonfinite_in_a_row, self._section.nonfinite_ratio
+        budget = f"training.nonfinite_in_a_row = {row}"
         if self.in_a_row >= (min(row, SUSPICIOUS) if last else row):
-            raise _spent(step, f"the last {self.in_a_row} steps", f"training.nonfinite_in_a_row = {row}")
+            raise _spent(step, f"the last {self.in_a_row} steps", budget)
+        if self._longest >= row:
+            raise _spent(step, f"{self._longest} steps in a row", budget)
         if self._steps >= PROBATION_STEPS and self._skipped > share * self._steps:
             counted = f"{self._skipped} of {self._steps} steps"
             raise _spent(step, counted, f"training.nonfinite_ratio = {share}")
@@ -85,7 +90,7 @@ class OpenSteps:
 def _spent(step: int, which: str, budget: str) -> NonFiniteError:
     return NonFiniteError(
         f"{which} up to step {step} had a loss or gradient that is not finite and were skipped ({budget}): "
-        f"{REMEDIES}; the last checkpoint is from before, skipped_step/ lists their samples"
+        f"{REMEDIES}; what was saved is from before, skipped_step/ lists their samples"
     )
 
 

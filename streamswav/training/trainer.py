@@ -19,7 +19,7 @@ from streamswav.loader import Batch
 from streamswav.training.feed import Feed
 from streamswav.training.learner import Learner
 from streamswav.training.monitor import Monitor
-from streamswav.training.open_steps import OpenSteps, refuse_unbounded
+from streamswav.training.open_steps import SUSPICIOUS, OpenSteps, refuse_unbounded
 from streamswav.training.pace import Pace
 from streamswav.training.saver import Saver
 
@@ -75,14 +75,15 @@ class Trainer:
             self._open_steps.add(batch, result)
             self.step += 1
             monitor.stepped(batch, result, step=self.step, images=feed.seen, rate=stride.rate)
-            if feed.log_agreed or feed.save_agreed:
+            # Whether the queue is full must not depend on when somebody looks.
+            if feed.log_agreed or feed.save_agreed or result.filled:
                 self._look(stride.rate)
             if feed.save_agreed:
                 self._save()
         if feed.drained:
             monitor.draining()
         self._look(self._rate, last=not feed.drained)
-        saved = self._save(wait=True, last=not feed.drained)
+        saved = self._save(wait=True, last=True)
         if feed.drained:
             since = "" if saved else "; the last steps were not finite: it begins again before them"
             raise DrainedError(
@@ -94,7 +95,7 @@ class Trainer:
         self._monitor.waiting(idle)
         if idle and self.step:
             self._look(self._rate)
-            self._save()
+            self._save(last=True)
 
     @property
     def done(self) -> bool:
@@ -123,7 +124,7 @@ class Trainer:
         if self.step:
             self._look(self._rate)
             with contextlib.suppress(StorageError):
-                self._save(wait=True, seconds=RESCUE_SECONDS)
+                self._save(wait=True, seconds=RESCUE_SECONDS, last=True)
 
     def _augmented(self, batch: Batch) -> list[torch.Tensor]:
         """Move the crops to the device and augment them there, resolution by resolution."""
@@ -167,7 +168,7 @@ class Trainer:
         Args:
             wait: until it is committed; otherwise it is written while training goes on.
             seconds: how long storage is given, at most.
-            last: the run ends here, so it is saved all the same.
+            last: no better moment comes soon, so a skipped step or two are no reason not to.
 
         Returns:
             Whether everything up to this step is saved.
@@ -176,7 +177,7 @@ class Trainer:
             NonFiniteError: the weights are out of all bounds.
         """
         feed, monitor = self._feed, self._monitor
-        if self._open_steps.in_a_row and not last:
+        if self._open_steps.in_a_row >= (SUSPICIOUS if last else 1):
             monitor.put_off(self.step)
             return False
         refuse_unbounded(self._learner, self.step)

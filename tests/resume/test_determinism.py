@@ -24,11 +24,11 @@ from streamswav.training.optim import LARS
 VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def trained(folder: Path, shards: Path, **stream: int) -> dict[str, Any]:
+def trained(folder: Path, shards: Path) -> dict[str, Any]:
     """The state of a run on two threads, with work enough for both."""
     given = arguments(
         run={"directory": folder / "run"},
-        stream={"urls": shards, "samples": 48, **stream},
+        stream={"urls": shards, "samples": 48},
         swav={"queue_length": 16, "queue_start_images": 0, "freeze_prototypes_images": 16},
         crops={"sizes": "[32, 16]"},
         model={"width": 0.25},
@@ -44,8 +44,6 @@ def test_two_runs_on_two_threads_end_in_the_same_bits(make_shards: Any, tmp_path
     make_shards(tmp_path / "shards", counts=[24, 24], labels=False)
     first, second = (trained(tmp_path / name, tmp_path / "shards") for name in ("first", "second"))
     assert differences(first, second) == []
-    other = trained(tmp_path / "other", tmp_path / "shards", seed=1)
-    assert "model.pt/.network.trunk.conv1.weight" in differences(first, other)
 
 
 @pytest.fixture

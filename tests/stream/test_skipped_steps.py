@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import pytest
 import torch
-from runs import Outcome, arguments
+from runs import Outcome, arguments, differences, state_of
 from torch import Tensor
 
 from streamswav import cli
 from streamswav.commands import pretrain as command
 from streamswav.crops import Augment
-from streamswav.errors import EXIT_CONFIG, EXIT_DONE
+from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
 
 BATCH, SAMPLES = 8, 160
 
@@ -29,9 +31,14 @@ class Poisoned(Augment):
         super().__init__(section)
         self._steps, self._calls = steps, 0
 
+    @staticmethod
+    def at_step(step: int) -> None:
+        """What else happens then."""
+
     def __call__(self, *given: Any) -> Tensor:
         crops = super().__call__(*given)
         step, self._calls = self._calls // 2, self._calls + 1  # two resolutions a step
+        self.at_step(step)
         return crops * torch.nan if step in self._steps else crops
 
 
@@ -126,6 +133,40 @@ def test_a_checkpoint_waits_for_a_step_that_is_finite(train: Train, tmp_path: Pa
     ]
     assert steps[0] == 7
     assert position(tmp_path / "run")["finished"]
+
+
+def test_a_burst_between_two_logs_counts_although_a_good_step_followed(train: Train) -> None:
+    ended = train(
+        3, 4, 5, training={"batch": BATCH, "nonfinite_in_a_row": 3}, telemetry={"log_seconds": 1000}
+    )
+    assert ended.code == EXIT_CONFIG
+    assert "3 steps in a row" in ended.said[-1]
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_a_drain_after_a_skipped_step_saves_but_not_after_several(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    """The signal comes while step 8, the last that is skipped, is computed."""
+    poisoned = range(8, 8 - bad, -1)
+    monkeypatch.setattr(
+        Poisoned, "at_step", staticmethod(lambda step: step == 8 and os.kill(os.getpid(), SIGTERM))
+    )
+    ended = train(*poisoned)
+    assert ended.code == EXIT_RETRY
+    assert (tmp_path / "run/checkpoints/latest").exists() == (bad < 3)
+    assert ("begins again" in ended.said[-1]) == (bad == 3)
+
+
+def test_when_somebody_looks_changes_nothing(train: Train, tmp_path: Path) -> None:
+    """A step is skipped while the queue fills: whether it is full is found out at the same step."""
+    states = []
+    for number, seconds in enumerate((0.0001, 1000)):
+        queue = {"queue_length": 6 * BATCH, "queue_start_images": 0}
+        assert train(1, swav=queue, telemetry={"log_seconds": seconds}).code == EXIT_DONE
+        (tmp_path / "run").rename(tmp_path / f"run{number}")
+        states.append(state_of(tmp_path / f"run{number}"))
+    assert differences(*states) == []
 
 
 def test_a_run_does_not_end_well_with_steps_that_were_all_skipped(train: Train) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from streamswav.config import Config
+from streamswav.errors import ConfigError
 from streamswav.training.build import build_learner
 from streamswav.training.distributed import Ranks
 from streamswav.training.learner import Learner
@@ -40,6 +41,15 @@ def test_half_precision_is_scaled_and_stays_near_float32() -> None:
     half = built(precision="float16")
     assert losses(half)[:2] == pytest.approx(losses(built())[:2], rel=0.05)
     assert half.state_dict()["scaler"]["scale"] > 1
+
+
+def test_pieces_too_small_for_batch_statistics_are_named() -> None:
+    tiny = {**VALUES, "crops": {**VALUES["crops"], "counts": [1, 1]}}
+    tiny["model"] = {**VALUES["model"], "stem": "imagenet"}
+    training = {"batch": BATCH, "precision": "float32", "sync_batch_norm": 0, "micro_batches": BATCH}
+    learner = build_learner(Config.model_validate({**tiny, "training": training}), Ranks())
+    with pytest.raises(ConfigError, match=r"training\.batch: too few images at once"):
+        learner.step([torch.randn(BATCH, 3, size, size) for size in (16, 8)], **STEP)
 
 
 @pytest.mark.all

@@ -175,3 +175,8 @@ def test_gradient_accumulation_is_refused_with_the_reason(name: str) -> None:
 def test_pieces_of_a_batch_have_no_statistics_of_the_whole_batch() -> None:
     with pytest.raises(ConfigError, match=r"training\.micro_batches = 2: .*topology_invariant"):
         load_config(arguments=["--training.micro_batches", "2", "--training.topology_invariant", "true"])
+
+
+def test_statistics_of_the_whole_batch_are_not_those_of_groups() -> None:
+    with pytest.raises(ConfigError, match=r"training\.sync_batch_norm = 1: .*topology_invariant"):
+        load_config(arguments=["--training.sync_batch_norm", "1", "--training.topology_invariant", "true"])

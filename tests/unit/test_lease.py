@@ -161,11 +161,21 @@ def test_a_renewal_finds_out_as_well(place):
     lease.release()
 
 
-def test_what_is_no_lease_is_nobodys(place):
-    place[1].write(place[0] + "/lease.json", b"{]")
+@pytest.mark.parametrize("content", [b"{]", b"[]", b'{"number": 1}', b'{"number": []}'])
+def test_what_is_no_lease_is_nobodys(place, content):
+    place[1].write(place[0] + "/lease.json", content)
     lease = Lease(*place, seconds=FOREVER)
     lease.acquire()
     lease.release()
+
+
+def test_a_lease_of_a_later_version_counts(place):
+    lease = Lease(*place, seconds=FOREVER)
+    lease.acquire()
+    later = {**json.loads(place[1].read(lease.url)), "token": "another", "colour": "blue"}
+    place[1].write(lease.url, json.dumps(later).encode())
+    with pytest.raises(LeaseError, match="taken this run over"):
+        lease.check()
 
 
 def test_a_checkpoint_that_a_succeeded_writer_brought_to_its_end_is_not_taken(place):

@@ -110,3 +110,20 @@ def test_the_queue_takes_part_in_the_assignment_with_the_prototypes_of_today() -
     together = sinkhorn(torch.cat([past @ weight.T, scores[:2]], dim=1))
     torch.testing.assert_close(codes, together[:, 16:])
     assert (codes - SwAVLoss()(scores, weight).codes).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("assigned", [(), (0, 0), (-1,), (5,)])
+def test_crops_that_are_not_there_cannot_be_assigned(assigned: tuple[int, ...]) -> None:
+    scores, _ = batch()
+    codes = torch.softmax(unit(len(assigned), 8, 20, seed=2), dim=-1)
+    with pytest.raises(ValueError, match="assigned must name some of the 5 crops"):
+        swapped_prediction_loss(scores, codes, assigned=assigned, temperature=0.1)
+
+
+def test_autocast_changes_no_code() -> None:
+    scores, weight = batch()
+    queue = FeatureQueue(length=16, dim=12, crops=2)
+    queue.push(unit(2, 16, 12, seed=3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = SwAVLoss()(scores, weight, queue).codes
+    assert torch.equal(inside, SwAVLoss()(scores, weight, queue).codes)
