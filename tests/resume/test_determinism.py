@@ -30,7 +30,7 @@ def trained(folder: Path, shards: Path) -> dict[str, Any]:
         run={"directory": folder / "run"},
         stream={"urls": shards, "samples": 48},
         swav={"queue_length": 16, "queue_start_images": 0, "freeze_prototypes_images": 16},
-        crops={"sizes": "[32, 16]"},
+        crops={"sizes": "[24, 16]"},
         model={"width": 0.25},
         loader={"workers": 1},
         training={"threads": 2, "deterministic": "true"},
