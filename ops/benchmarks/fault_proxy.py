@@ -298,6 +298,9 @@ class FaultProxy:
             return None
         if self._next:
             return self._next.popleft()
+        return self._draw(dice)
+
+    def _draw(self, dice: random.Random) -> Fault | None:
         for kind in BURSTS:
             if self._bursts[kind]:
                 self._bursts[kind] -= 1
