@@ -83,7 +83,7 @@ def two_shards(make_shards, web):
 
 def one_lane(manifest, *, window, cursor=None, memory=2048 * MiB):
     """A lane that reads the first shard, then the second."""
-    storage = StorageSection(block_bytes=30_000, deadline_seconds=0.2)
+    storage = StorageSection(block_bytes=30_000, deadline_seconds=2)
     reader = ShardReader(manifest, storage, read_ahead=1, requests=2, memory=memory)
     reader.share_among(1, window)
     plan = Plan(Grid(1, 1, 1, window), 0, 0, 0, ((Piece(0, 0), Piece(1, 0)),))

@@ -47,7 +47,7 @@ def plan_of(window=16, orders=((0, 1), (0, 1), (1, 0), (0, 1))):
 
 
 def open_lanes(manifest, plan, memory, cursors=(None,) * LANES, *, shared=True):
-    storage = StorageSection(block_bytes=200_000, deadline_seconds=0.2)
+    storage = StorageSection(block_bytes=200_000, deadline_seconds=2)
     reader = ShardReader(manifest, storage, read_ahead=2, requests=2, memory=memory)
     reader.share_among(LANES, plan.grid.window)
     shelf = reader.shelf if shared else None
