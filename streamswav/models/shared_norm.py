@@ -37,14 +37,11 @@ def _shared(norm: _BatchNorm, group: dist.ProcessGroup) -> nn.Module:
     return shared.train(norm.training)
 
 
-class QuietSyncBatchNorm(_BatchNorm):
-    """torch's SyncBatchNorm for ranks of which none is without samples; nothing is read from the device.
-
-    torch's own leaves out ranks without samples, for which it reads from the device in each forward pass how
-    many have some.
+class _OverRanks(_BatchNorm):
+    """A batch norm that takes its statistics over ranks while it is trained.
 
     Attributes:
-        group: the ranks.
+        group: the ranks; None: this process alone.
     """
 
     group: dist.ProcessGroup | None = None
@@ -55,12 +52,24 @@ class QuietSyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Normalise by the statistics of all ranks; in eval mode by the running ones."""
-        if not self.training:
-            return super().forward(input)
+        return self._over_ranks(input) if self.training else super().forward(input)
+
+    def _over_ranks(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class QuietSyncBatchNorm(_OverRanks):
+    """torch's SyncBatchNorm for ranks of which none is without samples; nothing is read from the device.
+
+    torch's own leaves out ranks without samples, for which it reads from the device in each forward pass how
+    many have some.
+    """
+
+    def _over_ranks(self, images: Tensor) -> Tensor:
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         output: Tensor = _Synchronised.apply(
-            input,
+            images,
             self.weight,
             self.bias,
             self.running_mean,
@@ -105,26 +114,14 @@ class _Synchronised(_functions.SyncBatchNorm):
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
 
 
-class SharedBatchNorm(_BatchNorm):
+class SharedBatchNorm(_OverRanks):
     """Batch norm [M, C, ...] over the samples of all ranks of a group; M may differ between ranks.
 
     Sums are taken in float64, so that the split among the ranks changes the result by rounding alone.
-
-    Attributes:
-        group: the ranks; None: this process alone.
     """
 
-    group: dist.ProcessGroup | None = None
-
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise by the statistics of all ranks; in eval mode by the running ones."""
-        if not self.training:
-            return super().forward(input)
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self)
+    def _over_ranks(self, images: Tensor) -> Tensor:
+        output, mean, variance, count = _Normalise.apply(images, self.weight, self.bias, self)
         if self.track_running_stats:
             self._take_note(mean, variance, count)
         result: Tensor = output
