@@ -146,7 +146,7 @@ def make_plan(request: Request) -> Plan:
     config, world_size, gpu = _resolve(request), request.gpus, request.gpu
     batch = known(config.training.batch)
     local = batch // world_size
-    rehearsal = _rehearse(config, world_size, local)
+    rehearsal = rehearse(config, world_size=world_size, local=local)
     precision = config.training.precision
     speed = estimate_speed(
         rehearsal.ledger,
@@ -222,20 +222,12 @@ def trunk_parameters(config: Config) -> int:
         return sum(parameter.numel() for parameter in build_trunk(config.model).parameters())
 
 
-def _rehearse(config: Config, world_size: int, local: int) -> Rehearsal:
-    try:
-        return rehearse(config, world_size=world_size, local=local)
-    except ValueError as error:  # BatchNorm of one value, which no run could do either
-        reason = f"leaves a GPU too little for batch statistics: {' '.join(str(error).split())}"
-        raise ConfigError("training.batch", reason, value=config.training.batch) from None
-
-
 def _fit(config: Config, request: Request, memory: Memory, local: int) -> Fit:
     """Find the fewest GPUs: memory is a line in the images of a GPU, through two of them."""
     gpu, batch = request.gpu, known(config.training.batch)
     worlds = [each for each in range(1, batch + 1) if known(config.stream.columns) % each == 0]
     other = local // 2 if local // 2 >= max(2, config.training.micro_batches) else 2 * local
-    rehearsal = _rehearse(config, request.gpus, other)
+    rehearsal = rehearse(config, world_size=request.gpus, local=other)
     second = count_memory(rehearsal, config, world_size=request.gpus, local=other)
     slope = (memory.total - second.total) / (local - other)
 

@@ -309,5 +309,5 @@ def test_too_little_for_batch_statistics_is_a_mistake_that_is_named():
     config = parse_config(
         {"crops": {"sizes": [32, 16], "counts": [1, 1], "scales": [[0.1, 1.0]] * 2}, "training": {"batch": 1}}
     )
-    with pytest.raises(ConfigError, match=r"training\.batch = 1: leaves a GPU too little"):
+    with pytest.raises(ConfigError, match=r"training\.batch: too few images at once"):
         make_plan(Request(config=config, gpus=1, gpu=GPUS["T4"]))
