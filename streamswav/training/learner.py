@@ -118,10 +118,10 @@ class Learner:
         filled = queue is not None and queue.full and past is None
         return StepResult(loss.detach(), grad_norm, skipped, embeddings, scores, pushed, filled)
 
-    def take_back(self, result: StepResult) -> None:
-        """Hear that a step was skipped, which only reading `skipped` can tell."""
+    def take_back(self, pushed: int) -> None:
+        """Hear that a step which pushed so many embeddings was skipped."""
         if self.queue is not None:
-            self.queue.take_back(result.pushed)
+            self.queue.take_back(pushed)
 
     def rehearse(self, crops: Sequence[Tensor]) -> None:
         """Run one backward pass and discard it; parameters, statistics and queue stay as they were.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from streamswav.config import TrainingSection
@@ -42,28 +43,30 @@ class OpenSteps:
 
     def __init__(self, section: TrainingSection, learner: Learner, feed: Feed) -> None:
         self._section, self._learner, self._feed = section, learner, feed
-        self._open: list[tuple[Batch, StepResult]] = []
+        self._open: list[tuple[Batch, Tensor, int]] = []
         self._steps = self._skipped = self._longest = 0
         self.in_a_row = 0
 
     def add(self, batch: Batch, result: StepResult) -> None:
-        """Take note of a step; its pixels, embeddings and scores are let go of."""
-        nothing = result.embeddings[:0, :0]
-        light = replace(result, embeddings=nothing, scores=nothing)
-        self._open.append((replace(batch, pixels=()), light))
+        """Take note of a step; pixels, parameters, embeddings and scores are let go of.
+
+        A batch's tensors lie in memory that a loader process shares, each with an open file.
+        """
+        light = replace(batch, pixels=(), parameters=torch.empty(0))
+        self._open.append((light, result.skipped, result.pushed))
 
     def settle(self) -> Settled:
         """Read which steps were skipped, and tell the feed; every rank must call this after the same step."""
         if not self._open:
             return Settled(0, 0)
-        flags: list[bool] = torch.stack([result.skipped for _, result in self._open]).tolist()
+        flags: list[bool] = torch.stack([skipped for _, skipped, _ in self._open]).tolist()
         self._longest = self.in_a_row
-        for (batch, result), skipped in zip(self._open, flags, strict=True):
+        for (batch, _, pushed), skipped in zip(self._open, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             self._longest = max(self._longest, self.in_a_row)
             if skipped:
                 self._feed.skip(batch)
-                self._learner.take_back(result)
+                self._learner.take_back(pushed)
         self._open.clear()
         skipped_steps, batch_size = sum(flags), self._feed.position.grid.batch
         self._steps += len(flags)

@@ -218,7 +218,7 @@ def test_after_a_skipped_step_training_goes_on_as_if_it_had_never_been(name: str
         assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
         skipped = stumbling.step([images * float("nan") for images in crops(9)], **STEP)
         assert skipped.skipped
-        stumbling.take_back(skipped)
+        stumbling.take_back(skipped.pushed)
 
 
 def test_a_loss_that_is_not_finite_is_skipped_although_its_gradient_were() -> None:
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_is_skipped_although_its_gradient_were() -> No
 def test_the_queue_is_full_only_once_steps_that_counted_have_filled_it() -> None:
     student = learner()
     assert student.queue is not None
-    student.take_back(student.step([images * float("nan") for images in crops(0)], **STEP))
+    student.take_back(student.step([images * float("nan") for images in crops(0)], **STEP).pushed)
     student.step(crops(1), **STEP)
     assert not student.queue.full
     student.step(crops(2), **STEP)
