@@ -280,7 +280,7 @@ def test_a_node_that_never_comes_is_waited_for_so_long(node, says):
 
 
 STUCK = {
-    "asleep": ("time.sleep(60)", EXIT_RETRY, "in step (watchdog.step_seconds = 3"),
+    "asleep": ("time.sleep(60)", EXIT_RETRY, "rank 0 hangs: 3 s in step (watchdog.step_seconds = 2.6)"),
     "in C": ("ctypes.PyDLL(None).sleep(60)", EXIT_FAILED, "Timeout"),  # holds the interpreter's lock
 }
 
@@ -294,7 +294,7 @@ from streamswav.config import WatchdogSection
 from streamswav.training.watchdog import watch
 def stuck():
     {call}
-with watch(WatchdogSection(step_seconds=3), None) as watchdog:
+with watch(WatchdogSection(step_seconds=2.6), None) as watchdog:
     watchdog.enter("step")
     time.sleep(1)
     stuck()

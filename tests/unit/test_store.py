@@ -251,18 +251,18 @@ def test_a_silent_server_times_out_and_is_asked_again(web: WebServer, served: st
 def test_trouble_that_stays_ends_at_the_deadline_with_the_evidence(web: WebServer, served: str) -> None:
     web.faults.extend([503] * 1000)
     started = time.monotonic()
-    with pytest.raises(UnavailableError, match=r"read failed \d+ times in \d+ s; the last time: 503"):
+    with pytest.raises(UnavailableError, match=r"read failed \d+ times in 1 s; the last time: 503"):
         make_store(seconds=1.0).read_range(served, 0, 10)
-    assert 0.9 < time.monotonic() - started < 8.0
+    assert 0.9 < time.monotonic() - started < 2.0
     assert 3 <= len(web.requests) <= 200
 
 
 def test_one_hanging_attempt_does_not_outlast_the_deadline(web: WebServer, served: str) -> None:
-    web.faults.append(("hang", 6.0))
+    web.faults.append(("hang", 3.0))
     started = time.monotonic()
     with pytest.raises(UnavailableError, match="timed out"):
         make_store(seconds=0.5, timeout=30.0).read_range(served, 0, 10)
-    assert time.monotonic() - started < 5.5
+    assert time.monotonic() - started < 2.5
 
 
 def test_a_refused_connection_costs_only_the_deadline() -> None:
@@ -272,9 +272,9 @@ def test_a_refused_connection_costs_only_the_deadline() -> None:
     section = StorageSection(endpoint_url=endpoint, anonymous=True, deadline_seconds=3)
     for url in (f"{endpoint}/a.tar?signature=hush", "s3://bucket/a.tar"):
         started = time.monotonic()
-        with pytest.raises(UnavailableError, match=r"failed \d+ times in \d+ s.*Cannot connect") as caught:
+        with pytest.raises(UnavailableError, match=r"failed \d+ times in 3 s.*Cannot connect") as caught:
             Store(section).info(url)
-        assert time.monotonic() - started < 15.0
+        assert time.monotonic() - started < 6.0
         assert "hush" not in str(caught.value)
 
 
