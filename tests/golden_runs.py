@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,17 @@ class GoldenRun:
 def sinkhorn_golden(name: str) -> dict[str, Any]:
     with np.load(GOLDENS / f"{name}.npz") as file:
         return dict(file)
+
+
+def published_codes(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """The published algorithm, step by step, in float64 and in logarithms."""
+    log_q = scores.double().T / epsilon
+    prototypes, batch = log_q.shape
+    log_q = log_q - torch.logsumexp(log_q.flatten(), dim=0)
+    for _ in range(iterations):
+        log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True) - math.log(prototypes)
+        log_q = log_q - torch.logsumexp(log_q, dim=0, keepdim=True) - math.log(batch)
+    return (log_q + math.log(batch)).exp().T
 
 
 def _distance(actual: Tensor, recorded: Tensor) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import golden_runs
 import torch
-from golden_runs import GoldenRun, sinkhorn_golden
-from torch import Tensor
+from golden_runs import GoldenRun, published_codes, sinkhorn_golden
 from torch.nn import functional as F
 
 from certify.context import CheckError, Context, Figures, within
@@ -94,20 +92,9 @@ def sinkhorn_against_float64(context: Context) -> Figures:
     for epsilon in (0.05, 0.01, 0.001):
         for iterations in (3, 10):
             codes = sinkhorn(scores, epsilon=epsilon, iterations=iterations)
-            off = (codes.double() - _published(scores, epsilon, iterations)).abs().max()
+            off = (codes.double() - published_codes(scores, epsilon, iterations)).abs().max()
             within(figures, f"epsilon {epsilon:g}, {iterations} iterations", float(off), SINKHORN_BAR)
     return figures
-
-
-def _published(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """The published algorithm, step by step, in float64 and in logarithms."""
-    log_q = scores.double().T / epsilon
-    prototypes, batch = log_q.shape
-    log_q = log_q - torch.logsumexp(log_q.flatten(), dim=0)
-    for _ in range(iterations):
-        log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True) - math.log(prototypes)
-        log_q = log_q - torch.logsumexp(log_q, dim=0, keepdim=True) - math.log(batch)
-    return (log_q + math.log(batch)).exp().T
 
 
 def ranks_against_one(context: Context) -> Figures:
