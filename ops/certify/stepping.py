@@ -23,7 +23,6 @@ ALLOWANCES = ("context", "workspaces", "communication", "fragments")
 MEMORY_BARS = (0.8, 1.25)
 """Held by tensors over what `plan` says of them; and all of it may not exceed the plan's total."""
 IMAGES = 64
-WATCHED = (("lars", "float32"), ("lars", "float16"), ("sgd", "float32"), ("adamw", "float16"))
 
 
 def memory(context: Context, **training: Any) -> Figures:

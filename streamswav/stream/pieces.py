@@ -85,11 +85,6 @@ class Cursor:
     window: int = 0
     done: tuple[tuple[int, int], ...] = ()
 
-    @property
-    def emitted(self) -> int:
-        """Samples consumed from the current window."""
-        return sum(bitmap.bit_count() for _, bitmap in self.done)
-
     def to_json(self) -> list[Any]:
         """Return plain data that `from_json` reads."""
         done = [[segment, f"{bitmap:x}"] for segment, bitmap in self.done]

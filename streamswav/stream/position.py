@@ -64,11 +64,6 @@ class Position:
         return self.total("trained").samples
 
     @property
-    def trained_bytes(self) -> int:
-        """Bytes in the shards of the samples trained, all passes."""
-        return self.total("trained").bytes
-
-    @property
     def seen(self) -> Tally:
         """What optimizer steps were given, also those that were skipped: a run's progress, all passes."""
         return self.total("trained") + self.total("skipped_step")
