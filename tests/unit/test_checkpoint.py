@@ -242,3 +242,27 @@ def test_state_reads_back_to_the_bit_and_executes_nothing():
     assert (loaded["none"], loaded["list"]) == (None, [1, 2.5, "x"])
     with pytest.raises(pickle.UnpicklingError):
         unpack(pack({"call": print}))
+
+
+class Racing(Store):
+    """Another process saves and prunes between the reader's listing and its reading."""
+
+    def __init__(self, section, meanwhile):
+        super().__init__(section)
+        self._meanwhile = [meanwhile]
+
+    def read(self, url, *given):
+        if self._meanwhile:
+            self._meanwhile.pop()()
+        return super().read(url, *given)
+
+
+def test_a_checkpoint_that_was_pruned_while_it_was_chosen_gives_way_to_the_next(place):
+    place.save(1)
+
+    def meanwhile():
+        place.folder.prune(place.save(2), keep=1)
+
+    reader = CheckpointFolder(place.url, Racing(place.store.section, meanwhile))
+    checkpoint, _ = reader.newest()
+    assert checkpoint.step == 2
