@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import importlib
 import itertools
 import json
 import logging
@@ -11,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from streamswav import __version__
 from streamswav.arguments import Parser
@@ -22,11 +24,16 @@ from streamswav.heartbeat import FOLDER_VARIABLE, attach
 _INTERRUPTED = 130
 _WITH_RANKS = ("pretrain", "cooldown")
 
-_EVALUATIONS = {
-    "knn": "measure a trunk by the nearest neighbours of its features",
-    "linear": "measure a trunk by a linear classifier on its features",
-    "evaluate": "measure a trunk by kNN and linear classifier on the same features",
+_OF_MODULES = {
+    "audit": ("audit", "audit", "account for every sample of a run, trained or not"),
+    "knn": ("evaluate", "knn", "measure a trunk by the nearest neighbours of its features"),
+    "linear": ("evaluate", "linear", "measure a trunk by a linear classifier on its features"),
+    "evaluate": ("evaluate", "evaluate", "measure a trunk by kNN and linear classifier on the same features"),
 }
+"""Commands with arguments of their own: module below `commands`, X of `add_X_arguments` and `run_X`, help.
+
+`run_X` takes the arguments and the configuration that environment and `--section.key value` give.
+"""
 
 _PRETRAIN_HELP = """\
 Keys of the configuration are given as --section.key value; `streamswav keys` lists them all. Later sources
@@ -90,16 +97,12 @@ def _build_parser(command: str) -> Parser:
         each.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
         each.set_defaults(takes_keys=True)
     _add_command(commands, "launch", _launch, "start pretrain on several ranks, as a pod or on a workstation")
-    for name, text in _EVALUATIONS.items():
-        each = _add_command(commands, name, _evaluate, text)
+    for name, (_, _, text) in _OF_MODULES.items():
+        each = _add_command(commands, name, _run_module, text)
         each.epilog = "How storage is reached can be set by --storage.KEY, as for pretrain."
         each.set_defaults(takes_keys=True)
         if name == command:
-            _declare_evaluation(each, name)
-    audit = _add_command(commands, "audit", _audit, "account for every sample of a run, trained or not")
-    audit.set_defaults(takes_keys=True)
-    if command == "audit":
-        _declare_audit(audit)
+            _of_module(name, "add_{}_arguments")(each)
     _declare_stream(_add_command(commands, "stream", _stream, "read and crop without training: what limits?"))
     plan = _add_command(commands, "plan", _plan, "say what a run takes, before anyone pays for a GPU")
     plan.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
@@ -145,7 +148,7 @@ def _launch(arguments: Sequence[str]) -> int:
 
 
 def _read_config(arguments: argparse.Namespace) -> Config:
-    return load_config(arguments.config, os.environ, arguments.keys)
+    return load_config(getattr(arguments, "config", None), os.environ, arguments.keys)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
@@ -207,29 +210,14 @@ def _cooldown(arguments: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(summary, indent=1) + "\n")
 
 
-def _declare_evaluation(parser: argparse.ArgumentParser, name: str) -> None:
-    from streamswav.commands import evaluate  # noqa: PLC0415
-
-    getattr(evaluate, f"add_{name}_arguments")(parser)
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from streamswav.commands import evaluate  # noqa: PLC0415
-
-    storage = load_config(None, os.environ, arguments.keys).storage
-    getattr(evaluate, f"run_{arguments.command}")(arguments, storage=storage)
+def _of_module(command: str, function: str) -> Any:
+    module, name, _ = _OF_MODULES[command]
+    return getattr(importlib.import_module(f"streamswav.commands.{module}"), function.format(name))
 
 
-def _declare_audit(parser: argparse.ArgumentParser) -> None:
-    from streamswav.commands import audit  # noqa: PLC0415
-
-    audit.add_arguments(parser)
-
-
-def _audit(arguments: argparse.Namespace) -> None:
-    from streamswav.commands.audit import run_audit  # noqa: PLC0415
-
-    run_audit(arguments, given=load_config(None, os.environ, arguments.keys))
+def _run_module(arguments: argparse.Namespace) -> None:
+    given = load_config(None, os.environ, arguments.keys)
+    _of_module(arguments.command, "run_{}")(arguments, given=given)
 
 
 def _declare_plan(parser: argparse.ArgumentParser) -> None:

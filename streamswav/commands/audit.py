@@ -68,7 +68,7 @@ class Report:
         return [check.name for check in self.checks if check.verdict == "FAILED"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_audit_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `run_audit`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = HELP

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from streamswav.config import StorageSection
+from streamswav.config import Config, StorageSection
 from streamswav.errors import DeniedError, NotFoundError
 from streamswav.stream.store import Store
 from streamswav.telemetry.progress import Reporter
@@ -43,28 +43,28 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_linear(parser)
 
 
-def run_knn(args: argparse.Namespace, *, storage: StorageSection) -> Results:
+def run_knn(args: argparse.Namespace, *, given: Config) -> Results:
     """Measure by nearest neighbours; print a table, write JSON where asked.
 
     Args:
         args: parsed by a parser that `add_knn_arguments` prepared.
-        storage: fields that are set here override those of the run's configuration.
+        given: fields of its `storage` that are set override those of the run's configuration.
 
     Raises:
         StreamswavError: as `streamswav.transfer.evaluation.evaluate`.
     """
-    return _run(args, storage, protocols=("knn",), knn=_knn_settings(args))
+    return _run(args, given.storage, protocols=("knn",), knn=_knn_settings(args))
 
 
-def run_linear(args: argparse.Namespace, *, storage: StorageSection) -> Results:
+def run_linear(args: argparse.Namespace, *, given: Config) -> Results:
     """Measure by a linear classifier; otherwise as `run_knn`."""
-    return _run(args, storage, protocols=("linear",), linear=_linear_settings(args))
+    return _run(args, given.storage, protocols=("linear",), linear=_linear_settings(args))
 
 
-def run_evaluate(args: argparse.Namespace, *, storage: StorageSection) -> Results:
+def run_evaluate(args: argparse.Namespace, *, given: Config) -> Results:
     """Measure by several protocols on the same features; otherwise as `run_knn`."""
     return _run(
-        args, storage, protocols=args.protocols, knn=_knn_settings(args), linear=_linear_settings(args)
+        args, given.storage, protocols=args.protocols, knn=_knn_settings(args), linear=_linear_settings(args)
     )
 
 

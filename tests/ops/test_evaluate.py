@@ -53,7 +53,7 @@ def run(name, arguments, storage=None):
     add, carry_out = PARTS[name]
     parser = argparse.ArgumentParser()
     add(parser)
-    return carry_out(parser.parse_args(arguments), storage=storage or StorageSection())
+    return carry_out(parser.parse_args(arguments), given=Config(storage=storage or StorageSection()))
 
 
 def test_knn_tells_every_k_and_every_column(given, capsys):
