@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_run import save_tiny_run, tiny_config
 
 from streamswav.commands import evaluate as command
-from streamswav.config import CropsSection, StorageSection
+from streamswav.config import Config, CropsSection, StorageSection
 from streamswav.errors import EXIT_CONFIG, CheckpointError, ConfigError, DeniedError
 from streamswav.transfer.evaluation import RawPixels, choose_preprocessing, evaluate, index_classes
 
