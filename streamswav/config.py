@@ -279,6 +279,17 @@ class WatchdogSection(Section):
     evaluation_seconds: Annotated[float, Field(ge=0)] = Field(3600.0, description="measuring the trunk")
 
 
+class EvaluationSection(Section):
+    """Probes while pretraining: what the trunk is worth on labelled images beside the stream."""
+
+    every: PositiveInt | None = Field(None, description="images trained between two probes; default: none")
+    train: Texts = Field([], description="labelled shards that neighbours and classifier come from")
+    test: Texts = Field([], description="labelled shards that are classified")
+    limit: PositiveInt | None = Field(25_000, description="images used of each, about; null: all")
+    neighbours: PositiveInt = Field(20, description="k of the kNN probe")
+    linear_epochs: NonNegativeInt = Field(10, description="of the linear probe, over the features; 0: none")
+
+
 class TelemetrySection(Section):
     """Logs and metrics."""
 
@@ -301,6 +312,7 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     watchdog: WatchdogSection = WatchdogSection()
+    evaluation: EvaluationSection = EvaluationSection()
     telemetry: TelemetrySection = TelemetrySection()
 
 
@@ -363,6 +375,7 @@ def check_combinations(config: Config) -> None:
     _check_statistics(config)
     _check_grid(config)
     _check_stream(config)
+    _check_evaluation(config)
 
 
 def _check_objective(config: Config) -> None:
@@ -404,6 +417,13 @@ def _check_stream(config: Config) -> None:
     if stream.follow and config.optimizer.schedule == "cosine" and not config.training.images:
         reason = "a followed stream has no end to anneal to: use constant, or give training.images"
         raise ConfigError("optimizer.schedule", reason, value="cosine")
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    for key in ("train", "test"):
+        if evaluation.every and not getattr(evaluation, key):
+            raise ConfigError(f"evaluation.{key}", "evaluation.every needs labelled shards to measure with")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -49,6 +49,9 @@ class Metrics:
         self.prototype_usage = self._gauge(
             "prototype_usage_ratio", "Share of prototypes that are some image's best, over the log interval"
         )
+        self.probe_accuracy = self._gauge(
+            "probe_accuracy_ratio", "Share of labelled images beside the stream classified right", "probe"
+        )
         self.nonfinite_steps = self._counter(
             "nonfinite_steps", "Steps that were skipped since loss or gradient was not finite"
         )
