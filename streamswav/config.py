@@ -279,6 +279,25 @@ class WatchdogSection(Section):
     evaluation_seconds: Annotated[float, Field(ge=0)] = Field(3600.0, description="measuring the trunk")
 
 
+class LabelsSection(Section):
+    """Where labels come from: the samples themselves, or a table by their keys."""
+
+    member: str = Field("cls", description="member of a sample that holds its label: cls, or json.A.B")
+    names: str = Field("", description="file of class names in the order of their numbers; local or s3://")
+    classes: PositiveInt | None = Field(None, description="number of classes, where labels are numbers")
+    multi_label: bool = Field(False, description="an image may have several labels")
+    separator: str = Field("", description="between the labels of an image in one text; means multi_label")
+    file: str = Field(
+        "", description="table of labels by key: .csv, .tsv (gzip too), .parquet; local or s3://"
+    )
+    key: str = Field("key", description="column of keys, or of file names")
+    label: Texts = Field(["label"], description="column of labels; several: 0/1 columns, a class each")
+    split: str = Field("", description="column that tells the split of a sample; default: all are in each")
+    train_split: Texts = Field(["train"], description="what that column calls training samples")
+    val_split: Texts = Field(["val"], description="what it calls validation samples")
+    test_split: Texts = Field(["test"], description="what it calls test samples")
+
+
 class EvaluationSection(Section):
     """Probes while pretraining: what the trunk is worth on labelled images beside the stream."""
 
@@ -312,6 +331,7 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     watchdog: WatchdogSection = WatchdogSection()
+    labels: LabelsSection = LabelsSection()
     evaluation: EvaluationSection = EvaluationSection()
     telemetry: TelemetrySection = TelemetrySection()
 
@@ -375,6 +395,7 @@ def check_combinations(config: Config) -> None:
     _check_statistics(config)
     _check_grid(config)
     _check_stream(config)
+    _check_labels(config)
     _check_evaluation(config)
 
 
@@ -417,6 +438,23 @@ def _check_stream(config: Config) -> None:
     if stream.follow and config.optimizer.schedule == "cosine" and not config.training.images:
         reason = "a followed stream has no end to anneal to: use constant, or give training.images"
         raise ConfigError("optimizer.schedule", reason, value="cosine")
+
+
+def _check_labels(config: Config) -> None:
+    labels = config.labels
+    if labels.split and not labels.file:
+        raise ConfigError(
+            "labels.split", "is a column of labels.file, which is not given", value=labels.split
+        )
+    if not labels.label or len(set(labels.label)) != len(labels.label):
+        raise ConfigError("labels.label", "name each column once", value=labels.label)
+    if len(labels.label) > 1 and not labels.file:
+        raise ConfigError(
+            "labels.label", "are columns of labels.file, which is not given", value=labels.label
+        )
+    if len(labels.label) > 1 and labels.separator:
+        reason = "several columns of labels are a class each; a separator parts the labels of one column"
+        raise ConfigError("labels.separator", reason, value=labels.separator)
 
 
 def _check_evaluation(config: Config) -> None:
