@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import zlib
 from array import array
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from streamswav.config import LabelsSection
 from streamswav.errors import ConfigError
+from streamswav.stream.key_table import find_key, hash_key, normalise_key
 from streamswav.stream.store import Store, redact
 
 NO_LABEL = -1
@@ -59,31 +59,13 @@ class LabelTable:
     example: str
 
     def find(self, key: str) -> int:
-        """Return the code of a key, or of the longest end of it that begins after a slash; `NO_LABEL`."""
-        rest = key
-        while True:
-            wanted = np.uint64(hash_key(rest))
-            place = int(np.searchsorted(self.keys, wanted))
-            if place < len(self.keys) and self.keys[place] == wanted:
-                return int(self.codes[place])
-            _, slash, rest = rest.partition("/")
-            if not slash:
-                return NO_LABEL
+        """Return the code of a sample's key; `NO_LABEL` where it is not there."""
+        place = find_key(self.keys, key)
+        return int(self.codes[place]) if place >= 0 else NO_LABEL
 
     def classes_of(self, code: int) -> tuple[int, ...]:
         """Return the classes of a set."""
         return tuple(self.members[self.starts[code] : self.starts[code + 1]].tolist())
-
-
-def hash_key(key: str) -> int:
-    """Return 64 bits that stand for a key."""
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "little")
-
-
-def normalise_key(text: str) -> str:
-    """Return a path or file name as a sample's key: up to the first dot of the file name."""
-    folder, slash, name = text.strip().removeprefix("./").rpartition("/")
-    return folder + slash + name.partition(".")[0]
 
 
 def as_number(value: object) -> int | None:

@@ -2,10 +2,7 @@
 
 A label is a class number, or with several labels an image the growing class numbers that it has. Where the
 source has class names, `labels.names` numbers them; in a table they are otherwise numbered as they sort.
-
-A table's keys are file names or paths; their extension is dropped at the first dot, as the shards' readers
-do. A sample has the label of its whole key (`train/n01440764/10026`), else of the end of it that the table
-has: `n01440764/10026`, then `10026`. So a table may be shorter by folders than the shards, not longer.
+How a sample is found in a table is told in `key_table`.
 """
 
 from __future__ import annotations
@@ -84,6 +81,11 @@ class Labels:
         parts = split_cell(value, self.separator) if self.multi else [value]
         numbers = {self._number(part) for part in parts}
         return tuple(sorted(numbers)) if self.multi else numbers.pop()
+
+    @property
+    def says_more_than_cls(self) -> bool:
+        """Whether a single label is not simply the number in the `.cls` member."""
+        return not self.multi and (self.table is not None or self.names is not None or self.member != "cls")
 
     @property
     def digest(self) -> str:

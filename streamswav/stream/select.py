@@ -137,6 +137,12 @@ def read_keys(url: str, store: Store, *, option: str) -> Iterator[tuple[str, str
         ConfigError: under the name `option`: a line that can be no key, or a damaged gzip file.
         StorageError: the file cannot be read.
     """
+    for number, text in read_lines(url, store, option=option):
+        yield split_key(text, option=option, where=f"line {number} of {redact(url)}")
+
+
+def read_lines(url: str, store: Store, *, option: str) -> Iterator[tuple[int, str]]:
+    """Yield number and text of the lines that say something; plain or gzipped. Raises as `read_keys`."""
     data = store.read(url)
     source: BinaryIO = io.BytesIO(data)
     try:
@@ -144,7 +150,7 @@ def read_keys(url: str, store: Store, *, option: str) -> Iterator[tuple[str, str
             for number, line in enumerate(lines, 1):
                 text = line.decode("utf-8", "replace").lstrip("\ufeff").strip()
                 if text and not text.startswith("#"):
-                    yield split_key(text, option=option, where=f"line {number} of {redact(url)}")
+                    yield number, text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(option, f"{redact(url)} is damaged ({error})") from None
 
