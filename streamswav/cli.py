@@ -29,10 +29,12 @@ _OF_MODULES = {
     "knn": ("evaluate", "knn", "measure a trunk by the nearest neighbours of its features"),
     "linear": ("evaluate", "linear", "measure a trunk by a linear classifier on its features"),
     "evaluate": ("evaluate", "evaluate", "measure a trunk by kNN and linear classifier on the same features"),
+    "export": ("export", "export", "write a trunk for torchvision, timm, detectron2, ONNX and others"),
 }
 """Commands with arguments of their own: module below `commands`, X of `add_X_arguments` and `run_X`, help.
 
-`run_X` takes the arguments and the configuration that environment and `--section.key value` give.
+`run_X` takes the arguments and the configuration that environment and `--section.key value` give. One
+that sets the default `words` gets there what has no flag before it (URLs, a place to write to).
 """
 
 _PRETRAIN_HELP = """\
@@ -216,6 +218,8 @@ def _of_module(command: str, function: str) -> Any:
 
 
 def _run_module(arguments: argparse.Namespace) -> None:
+    if hasattr(arguments, "words"):
+        arguments.words, arguments.keys = _split_urls(arguments.keys)
     given = load_config(None, os.environ, arguments.keys)
     _of_module(arguments.command, "run_{}")(arguments, given=given)
 
