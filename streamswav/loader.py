@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from streamswav.crops import Crops, MultiCrop, collate
 from streamswav.errors import ConfigError, DecodeError, StreamswavError
 from streamswav.processes import Failed
+from streamswav.stream.labels import Label, Labels
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import PassedOver, Tally, tally_one
 from streamswav.stream.pieces import Cursor
@@ -23,6 +24,8 @@ from streamswav.stream.samples import LaneReader, Sample, SampleId, pass_over
 from streamswav.stream.select import Selection
 
 HOPELESS = 10_000
+UNLABELLED = ("no_label", "other_split")
+"""Why a sample has no label that is not the sample's fault: it is filtered, not quarantined."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Batch:
         passed: what was excluded or filtered on the way.
         seconds: time spent by stage (fetch, parse, decode, collate).
         traffic: (outcome, bytes received) of the storage requests made meanwhile.
+        labels: class numbers, int64 [B], or of several labels an image 0 and 1, float32 [B, C]; None: no
+            labels are read.
     """
 
     number: int
@@ -58,6 +63,7 @@ class Batch:
     passed: tuple[PassedOver, ...]
     seconds: Mapping[str, float]
     traffic: tuple[tuple[str, int], ...]
+    labels: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """Copy the pixels to page-locked memory; the DataLoader calls this."""
@@ -102,6 +108,7 @@ class LaneBatches(IterableDataset[Item]):
         reader: opens them.
         select: what is not trained.
         crop: makes crops.
+        labels: tells the samples' labels; None: nobody asks for them.
     """
 
     plan: Plan
@@ -112,6 +119,7 @@ class LaneBatches(IterableDataset[Item]):
     reader: ShardReader
     select: Selection
     crop: MultiCrop
+    labels: Labels | None = None
     _lanes: dict[int, LaneReader] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Item]:
@@ -163,6 +171,7 @@ class LaneBatches(IterableDataset[Item]):
             passed=tuple(each for each in share.passed_over if each.outcome != "quarantined"),
             seconds=seconds,
             traffic=tuple(self.reader.take_traffic()),
+            labels=_stack(share.labels, self.labels) if self.labels is not None else None,
         )
 
     def _fill(self, share: _Share, reader: LaneReader, want: int) -> bool:
@@ -173,19 +182,28 @@ class LaneBatches(IterableDataset[Item]):
                 share.passed_over.append(tried)
                 self._refuse_hopeless(share.passed_over)
             else:
-                share.crops.append(tried)
+                crops, label = tried
+                share.crops.append(crops)
+                share.labels.append(label)
                 share.taken.append(replace(sample, members={}, image=None))
         share.passed_over += reader.take_damages()
         return len(share.taken) == want
 
-    def _try(self, sample: Sample, share: _Share) -> Crops | PassedOver:
-        """Return a sample's crops, or why it has none."""
+    def _try(self, sample: Sample, share: _Share) -> tuple[Crops, Label] | PassedOver:
+        """Return a sample's crops and label, or why it is not used."""
         verdict = self.select.judge(sample, self.manifest.shards[sample.id.shard].key)
         if verdict is not None:
             return pass_over(sample.id, sample, *verdict)
+        label: Label = 0
+        if self.labels is not None:
+            try:
+                label = self.labels.of(sample.key, sample.members)
+            except DecodeError as error:
+                outcome = "filtered" if error.reason in UNLABELLED else "quarantined"
+                return pass_over(sample.id, sample, outcome, error.reason)
         started = time.perf_counter()
         try:
-            return self._crop(sample)
+            return self._crop(sample), label
         except DecodeError as error:
             return pass_over(sample.id, sample, "quarantined", error.reason)
         finally:
@@ -209,8 +227,11 @@ class LaneBatches(IterableDataset[Item]):
         begun = self.first or self.plan.generation or self.plan.turn
         if begun or len(passed) != HOPELESS or any(each.outcome != "filtered" for each in passed):
             return
-        reason, last = f"none of the first {len(passed):,} samples of a worker meets it", passed[-1]
-        raise ConfigError("stream.where", f"{reason}; the last: {last.key} ({last.reason})")
+        none, last = f"none of the first {len(passed):,} samples of a worker", passed[-1]
+        if self.labels is not None and last.reason in UNLABELLED:
+            key = "labels.member" if self.labels.table is None else "labels.file"
+            raise ConfigError(key, f"{none} has a label; {self.labels.needed}; the last: {last.key}")
+        raise ConfigError("stream.where", f"{none} meets it; the last: {last.key} ({last.reason})")
 
     def _tally(self, taken: Sequence[Sample]) -> dict[int, Tally]:
         tallies: defaultdict[int, Tally] = defaultdict(Tally)
@@ -243,11 +264,24 @@ class LaneBatches(IterableDataset[Item]):
         return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
 
 
+def _stack(labels: Sequence[Label], among: Labels) -> torch.Tensor:
+    """Make one tensor of the labels of a batch: numbers [B], or of several an image 0 and 1 [B, C]."""
+    if not among.multi:
+        return torch.tensor(labels, dtype=torch.int64)
+    assert among.classes is not None
+    wanted = torch.zeros(len(labels), among.classes)
+    for row, classes in zip(wanted, labels, strict=True):
+        assert isinstance(classes, tuple)
+        row[list(classes)] = 1
+    return wanted
+
+
 @dataclass
 class _Share:
     """A rank's share of a batch while it is filled, and the seconds spent decoding."""
 
     taken: list[Sample] = field(default_factory=list)
     crops: list[Crops] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
     passed_over: list[PassedOver] = field(default_factory=list)
     decoding: float = 0.0

@@ -21,9 +21,9 @@ from streamswav.models import (
     to_reference_layout,
 )
 from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
-from streamswav.training.learner import Learner
 from streamswav.training.optim import LARS
 from streamswav.training.schedule import Schedule
+from streamswav.training.swav_learner import SwAVLearner
 
 GOLDENS = Path(__file__).parent / "goldens"
 BEFORE_A_BATCH_NORM = ("projection_head.0.bias", "projection_head.1.running_mean")
@@ -79,7 +79,7 @@ class GoldenRun:
         device: torch.device | None = None,
         autocast: torch.dtype | None = None,
         **wrapping: Any,
-    ) -> Learner:
+    ) -> SwAVLearner:
         network = tiny_network()
         network.load_state_dict(from_reference_layout(self.tensors("init")))
         network.to(device)
@@ -90,7 +90,7 @@ class GoldenRun:
             group=group,
         )
         length = usable_length(int(self.cfg("queue_length")), self.batch) // self.world_size
-        return Learner(
+        return SwAVLearner(
             network if group is None else DistributedDataParallel(network, process_group=group, **wrapping),
             objective,
             LARS(network.parameters(), 0.0, weight_decay=self.cfg("wd")),
@@ -106,7 +106,7 @@ class GoldenRun:
         pixels = [torch.tensor(self.arrays[f"rank{rank}/crop{i}"][step]) for i in range(5)]
         return [(crop.float() - 128) / 64 for crop in pixels]
 
-    def train(self, learner: Learner, rank: int, steps: range | None = None) -> Iterator[float]:
+    def train(self, learner: SwAVLearner, rank: int, steps: range | None = None) -> Iterator[float]:
         """Yield the loss of each step."""
         schedule, device = self.schedule(), learner.module.prototypes.weight.device
         for step in steps or range(len(self.arrays["lr"])):
@@ -123,7 +123,7 @@ class GoldenRun:
             torch.tensor(losses, dtype=torch.float64), self.tensors(f"rank{rank}")["loss"], rtol=1e-4, atol=0
         )
 
-    def check_state(self, learner: Learner, rank: int) -> None:
+    def check_state(self, learner: SwAVLearner, rank: int) -> None:
         """Compare network, momentum and queue with the recorded ones, every tensor within its bar."""
         network = to_reference_layout(learner.module.state_dict())
         momentum = {

@@ -13,7 +13,7 @@ from streamswav.crops import Augment, ParameterLaw, uniforms
 from streamswav.crops.parameters import PARAMETER_DRAWS
 from streamswav.defaults import Facts, known, resolve
 from streamswav.training.build import build_learner
-from streamswav.training.learner import Learner, StepResult
+from streamswav.training.swav_learner import SwAVLearner, SwAVStep
 
 RATE = 0.05
 _QUICK: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ class Workload:
         torch.manual_seed(0)
         self.config, self.context = config, context
         self.local = known(config.training.batch) // context.ranks.world_size
-        self.learner: Learner = build_learner(config, context.ranks)
+        self.learner: SwAVLearner = build_learner(config, context.ranks)
         self.augment = Augment(config.crops)
         self._batches = [self._draw(seed) for seed in range(2)]
         self.steps = 0
@@ -81,12 +81,12 @@ class Workload:
     def augmented(self, pixels: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
         return [self.augment(*each) for each in zip(pixels, parameters, strict=True)]
 
-    def learn(self, crops: list[Tensor]) -> StepResult:
+    def learn(self, crops: list[Tensor]) -> SwAVStep:
         self.steps += 1
         queue = self.learner.queue is not None
         return self.learner.step(crops, rate=RATE, freeze_prototypes=False, use_queue=queue)
 
-    def step(self) -> StepResult:
+    def step(self) -> SwAVStep:
         """All of a step that is not the loader's."""
         pixels, parameters = self.pixels()
         return self.learn(self.augmented(self.send(pixels), parameters))

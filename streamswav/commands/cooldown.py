@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from streamswav.commands.pretrain import pretrain, refuse_incomplete
+from streamswav.commands.pretrain import pretrain
+from streamswav.commands.training_run import refuse_incomplete
 from streamswav.config import Config, StreamSection, parse_config
 from streamswav.defaults import run_samples
 from streamswav.drain import Drain

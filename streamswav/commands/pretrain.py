@@ -1,66 +1,26 @@
-"""`streamswav pretrain`: put a run together from its configuration, and run it."""
+"""`streamswav pretrain`: train a trunk by swapped prediction."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import time
-from contextlib import ExitStack, closing
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from streamswav import __version__
-from streamswav.commands.run_folder import (
-    MANIFEST_FILE,
-    Run,
-    checkpoints_of,
-    freeze_manifest,
-    hold_lease,
-    mirror_of,
-    read_begun,
-    refuse_other_grid,
-)
-from streamswav.commands.summary import summarise
-from streamswav.config import Config, dump_config
+from streamswav.commands.run_folder import Run
+from streamswav.commands.training_run import Program, run_training
+from streamswav.config import Config
 from streamswav.crops import Augment
-from streamswav.defaults import Facts, known, resolve, run_samples
+from streamswav.defaults import Choice, Facts, known, resolve
 from streamswav.drain import Drain
-from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
-from streamswav.planning import largest_batch, trunk_parameters
-from streamswav.stream.grid import Grid, fit_grid
-from streamswav.stream.manifest import Manifest
-from streamswav.stream.position import Position
-from streamswav.stream.select import Selection
-from streamswav.stream.store import Store, join, redact
-from streamswav.telemetry.exporter import serve_metrics
-from streamswav.telemetry.metrics import Metrics
-from streamswav.telemetry.progress import Reporter
+from streamswav.planning import largest_batch
 from streamswav.training.build import build_learner
-from streamswav.training.distributed import (
-    Ranks,
-    compute_repeatably,
-    join_ranks,
-    local_world_size,
-    own_heartbeat,
-    own_rank,
-)
-from streamswav.training.feed import Feed, Hooks
-from streamswav.training.feeding import begun_grid, build_feed, build_selection
-from streamswav.training.growth import Growth
-from streamswav.training.lease import Lease
-from streamswav.training.monitor import Monitor
-from streamswav.training.open_steps import OpenSteps
-from streamswav.training.pace import make_pace
-from streamswav.training.restore import Restored, load_into, restore
-from streamswav.training.saver import Saver, without_secrets
-from streamswav.training.trainer import Trainer
-from streamswav.training.watchdog import Watchdog, watch
-
-_LEADER_FIRST_SECONDS = 2.0
-_CLOSE_SECONDS = 60.0
+from streamswav.training.distributed import Ranks
+from streamswav.training.pace import Pace
+from streamswav.training.pretraining import Pretraining, make_calendar
+from streamswav.training.task import Task
 
 
 def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
@@ -77,260 +37,30 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
         DrainedError: stopped by a signal; everything is saved.
         StreamswavError: as the configuration, the data or the store deserve.
     """
-    refuse_incomplete(config)
-    metrics = Metrics()
-    with ExitStack() as stack:
-        watchdog = stack.enter_context(watch(config.watchdog, own_heartbeat(), rank=own_rank()))
-        ranks = stack.enter_context(join_ranks(config.training.device))
-        try:
-            section = config.telemetry
-            ranks.lead(
-                lambda: stack.enter_context(serve_metrics(metrics, port=section.port, bind=section.bind))
-            )
-            reporter = stack.enter_context(closing(Reporter(silent=not ranks.leads)))
-            with hold_lease(config, ranks, reporter) as lease:
-                run = _prepare(config, ranks, metrics, reporter, lease=lease)
-                return _train(run, drain, watchdog)
-        except StreamswavError as error:
-            metrics.set_state("draining" if isinstance(error, DrainedError) else "failed")
-            if ranks.leads:
-                raise
-            # All ranks have the same error, since they agree on every one. Rank 0 tells it, in time: a
-            # launcher ends the others as soon as one has gone.
-            time.sleep(_LEADER_FIRST_SECONDS)
-            raise SystemExit(error.exit_code) from None
+    return run_training(config, drain, Program(_resolve, _build_task, finish=_finish))
 
 
-def refuse_incomplete(config: Config) -> None:
-    """Refuse a configuration without shards or without a place for the run.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if not config.stream.urls:
-        raise ConfigError("stream.urls", "say where the shards are, as --stream.urls s3://bucket/shards/")
-    if not config.run.directory:
-        raise ConfigError("run.directory", "say where the run is kept, as --run.directory runs/first")
-
-
-def _prepare(config: Config, ranks: Ranks, metrics: Metrics, reporter: Reporter, *, lease: Lease) -> Run:
-    """List the shards, choose what was left open, and say so."""
-    _set_up_torch(config, ranks)
-    store = Store(config.storage)
-    begun = ranks.lead(lambda: read_begun(config, store))
-    manifest = ranks.lead(lambda: freeze_manifest(config, store, reporter, begun=begun is not None))
-    if begun:
-        refuse_other_grid(begun_grid(begun), config)
-    cuda = ranks.device.type == "cuda"
+def _resolve(config: Config, facts: Facts, ranks: Ranks) -> tuple[Config, list[Choice]]:
+    """Choose by the rules of `defaults`; on a GPU the batch by what fits."""
+    cuda = facts.cuda
     memory = min(ranks.gather(torch.cuda.get_device_properties(ranks.device).total_memory if cuda else 0))
-    facts = Facts(
-        world_size=ranks.world_size,
-        cores=min(ranks.gather(_cores())),
-        cuda=cuda,
-        bfloat16=all(ranks.gather(cuda and torch.cuda.is_bf16_supported(including_emulation=False))),
-        shards=len(manifest.shards),
-        samples=manifest.samples,
-        run_samples=manifest.total(config.stream.passes_by_url),
-        trunk_parameters=trunk_parameters(config),
-        begun=begun,
-    )
-    if cuda and config.training.batch is None and begun is None:
+    if cuda and config.training.batch is None and facts.begun is None:
         fitting = ranks.lead(lambda: largest_batch(config, facts, memory=memory))
         facts = replace(facts, images_that_fit=fitting)
-    resolved, choices = resolve(config, facts)
-    for choice in choices:
-        reporter.event(
-            "default", f"{choice.key} = {choice.value}  ({choice.reason})", key=choice.key, value=choice.value
-        )
-    batch = known(resolved.training.batch)
-    if manifest.samples is not None and manifest.samples < batch and not resolved.stream.follow:
-        raise ManifestError(
-            f"{redact(config.stream.urls[0])}: {manifest.samples} samples are fewer than one global batch "
-            f"(training.batch = {batch}); lower it or add data"
-        )
-    return Run(resolved, manifest, ranks, store, reporter, metrics, lease)
+    return resolve(config, facts)
 
 
-def _set_up_torch(config: Config, ranks: Ranks) -> None:
-    torch.set_num_threads(config.training.threads or _cores())
-    torch.manual_seed(config.stream.seed)
-    if config.training.deterministic:
-        compute_repeatably()
-    elif ranks.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-
-
-def _cores() -> int:
-    """The CPU cores that a rank of this machine can use."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
-
-
-def _train(run: Run, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
-    """Go on from the newest checkpoint, or begin; the summary is rank 0's, empty on others."""
-    config, ranks, reporter = run.config, run.ranks, run.reporter
-    folder = checkpoints_of(config, run.store, lambda text: reporter.event("warning", text), lease=run.lease)
-    saver = Saver(folder, run.store, config, ranks, mirror=mirror_of(run))
-    restored = restore(folder, run.store, config, ranks)
-    if restored:
-        saver.resume_from(restored)
-    monitor = Monitor(
-        run.metrics,
-        reporter,
-        ranks,
-        prototypes=known(config.swav.prototypes),
-        log_seconds=config.telemetry.log_seconds,
-        watchdog=watchdog,
-    )
-    saver.listener = monitor
-    monitor.describe(run.manifest, _about(config, ranks))
-    run.metrics.checkpoint_interval.set(60 * (config.checkpoint.minutes or math.inf))
-    trainer, feed = _build_trainer(run, saver, monitor, restored, drain)
-    loss_first = restored.loss_first if restored else None
-    del restored  # it holds a model and an optimizer
-    if trainer.done:
-        reporter.event("done", f"{config.run.directory}: this run is done ({feed.seen:,} images)")
-    else:
-        place = join(config.run.directory, "config.yaml")
-        ranks.lead(lambda: run.store.write(place, dump_config(without_secrets(config)).encode()))
-        drain.patient = True
-        monitor.begin(images=feed.seen, loss_first=loss_first)
-        try:
-            trainer.train()
-        except Exception:  # also what gloo says of lost peers: what was staged is whole
-            with watchdog.within("checkpoint"):
-                saver.close(_CLOSE_SECONDS)
-            raise
-    run.metrics.set_state("done")
-    summary = ranks.lead(lambda: summarise(run, trainer, feed, monitor, saver))
-    with watchdog.within("checkpoint"):
-        saver.close()
-    return summary if ranks.leads else {}
-
-
-def _build_trainer(
-    run: Run, saver: Saver, monitor: Monitor, restored: Restored | None, drain: Drain
-) -> tuple[Trainer, Feed]:
-    ranks, select = run.ranks, _load_selection(run)
-    position = _start_position(run, restored)
-    config = _on_grid(run.config, position.grid)
-    learner = build_learner(config, ranks)
-    if restored:
-        load_into(learner, restored, ranks, batch=position.grid.batch)
-        run.reporter.event(
-            "resumed",
-            f"going on from {restored.checkpoint.url} ({position.trained:,} images)",
-            step=restored.step,
-        )
-    feed = build_feed(
-        config,
-        run.manifest,
-        position,
-        ranks,
-        select=select,
-        growth=_growth(run) if config.stream.follow else None,
-        hooks=Hooks(
-            drain=drain,
-            wants_save=lambda: saver.due(feed.seen + feed.position.grid.batch),
-            wants_log=monitor.log_due,
-            on_passed_over=lambda each: monitor.passed_over(each, feed.shard_key(each)),
-            on_idle=lambda idle: trainer.idle(idle),  # noqa: PLW0108 - it is built from this feed
-            on_grown=monitor.grown,
-        ),
-    )
-    trainer = Trainer(
-        learner=learner,
-        feed=feed,
-        augment=Augment(config.crops),
-        pace=make_pace(
-            config,
-            samples=_run_samples(run.config, run.manifest),
-            size=run.manifest.total_bytes(config.stream.passes_by_url),
-        ),
-        saver=saver,
-        monitor=monitor,
-        open_steps=OpenSteps(config.training, learner, feed),
-        step=restored.step if restored else 0,
-        images_limit=config.training.images,
-        device=ranks.device,
-    )
-    return trainer, feed
-
-
-def _load_selection(run: Run) -> Selection:
-    """Read what is not trained; every rank does, since predicates are functions of this machine."""
-    held: list[Selection] = []
-
-    def load() -> str:
-        held.append(build_selection(run.config, run.store))
-        return held[0].digest
-
-    if len({*run.ranks.each(load)}) > 1:
-        reason = "the ranks read other lists: put them where all of them find the same"
-        raise ConfigError("stream.exclude", reason, value=run.config.stream.exclude)
-    (select,) = held
-    if run.config.stream.exclude or run.config.stream.where:
-        run.reporter.event(
-            "selection",
-            f"{select.excluded_keys:,} keys are excluded, {len(run.config.stream.where)} conditions hold",
-            digest=select.digest,
-        )
-    return select
-
-
-def _growth(run: Run) -> Growth:
-    config, reporter = run.config, run.reporter
-    return Growth(
-        config.stream.urls,
-        run.store,
-        run.manifest,
-        join(config.run.directory, MANIFEST_FILE),
-        seconds=config.stream.follow_seconds,
-        idle_seconds=config.stream.follow_idle_seconds,
-        on_found=lambda count: reporter.event("grown", f"{count} new shards join the run", shards=count),
+def _build_task(run: Run, config: Config, pace: Pace) -> Task:
+    prototypes = known(config.swav.prototypes)
+    run.metrics.prototypes.set(prototypes)
+    return Pretraining(
+        build_learner(config, run.ranks),
+        Augment(config.crops),
+        make_calendar(config, pace),
+        prototypes=prototypes,
+        device=run.ranks.device,
     )
 
 
-def _on_grid(config: Config, grid: Grid) -> Config:
-    """The configuration for the batch that this number of ranks can share."""
-    training = config.training.model_copy(update={"batch": grid.batch})
-    return config.model_copy(update={"training": training})
-
-
-def _run_samples(config: Config, manifest: Manifest) -> int | None:
-    return run_samples(config, manifest.total(config.stream.passes_by_url))
-
-
-def _start_position(run: Run, restored: Restored | None) -> Position:
-    """The restored position, on a grid that this number of ranks and workers divides, or the beginning.
-
-    Raises:
-        PositionError: the shards, the grid or the seed of the configuration are not the run's, or the ranks
-            cannot share the batch.
-    """
-    config, begun = run.config, begun_grid(run.config)
-    passes = config.stream.passes_by_url
-    if restored is None:
-        return Position(run.manifest.digest, begun, config.stream.seed, passes)
-    position = restored.position.with_passes(passes)
-    position.covered(run.manifest)
-    world_size, workers = run.ranks.world_size, known(config.loader.workers)
-    grid = fit_grid(position.grid, begun, world_size=world_size, workers=workers)
-    if grid != position.grid:
-        run.reporter.event(
-            "replanned",
-            f"{world_size} ranks x {workers} workers do not divide the lane grid ({_shape(position.grid)}): "
-            f"what is left of the pass is dealt again, each sample still exactly once ({_shape(grid)})",
-            batch=grid.batch,
-            columns=grid.columns,
-            rows=grid.rows,
-        )
-    return position.on_grid(run.manifest, grid)
-
-
-def _shape(grid: Grid) -> str:
-    return f"{grid.columns} columns, {grid.rows} rows, batches of {grid.batch}"
-
-
-def _about(config: Config, ranks: Ranks) -> dict[str, str]:
-    digest = hashlib.blake2b(dump_config(config).encode(), digest_size=6).hexdigest()
-    return {"version": __version__, "world_size": str(ranks.world_size), "config_hash": digest}
+def _finish(run: Run, *_: object) -> Mapping[str, Any]:
+    return {"ln_prototypes": math.log(known(run.config.swav.prototypes))}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from streamswav.commands.run_folder import LEFT_FILE, Run
 from streamswav.config import Config
-from streamswav.defaults import known
 from streamswav.stream.account import list_left
 from streamswav.stream.outcomes import OUTCOMES
 from streamswav.stream.position import Position
@@ -20,8 +20,13 @@ from streamswav.training.saver import Saver
 from streamswav.training.trainer import Trainer
 
 
-def summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: Saver) -> dict[str, Any]:
-    """Write what the run came to; of a run that was at its end before, what was written then stands."""
+def summarise(
+    run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: Saver, *, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write what the run came to; of a run that was at its end before, what was written then stands.
+
+    `more` is what the run's kind of training says of it.
+    """
     config, position, passes = run.config, feed.position, feed.position.passes
     place = join(config.run.directory, "summary.json")
     loss = monitor.loss_last
@@ -41,7 +46,7 @@ def summarise(run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: S
         "seed": config.stream.seed,
         "loss_first": monitor.loss_first,
         "loss_last": loss if math.isfinite(loss) else None,
-        "ln_prototypes": math.log(known(config.swav.prototypes)),
+        **more,
         "stream": {
             "manifest": listed,
             **counts,

@@ -7,6 +7,7 @@ is exported as 0 from the start; timestamps hold the start of the process until 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
@@ -43,7 +44,9 @@ class Metrics:
             registry=self.registry,
         )
         self.step_phase = self._counter("step_phase_seconds", "Wall time of the rank by phase", "phase")
-        self.loss = self._gauge("loss", "Swapped prediction loss of the last logged step")
+        self.loss = self._gauge(
+            "loss", "Loss of the last logged step; in pretraining the swapped prediction's"
+        )
         self.prototypes = self._gauge("prototypes", "K; an untrained or collapsed model has the loss ln K")
         self.learning_rate = self._gauge("learning_rate", "Learning rate of the last step")
         self.prototype_usage = self._gauge(
@@ -86,6 +89,11 @@ class Metrics:
         self.stage_seconds = self._counter("stage_seconds", "Time of the loader processes by stage", "stage")
         self.stream_shards = self._gauge("stream_shards", "Shards in the manifest, and those lost", "state")
         self._begin()
+
+    def note(self, readings: Mapping[str, float]) -> None:
+        """Set those of a task's readings that have a family."""
+        if "prototype_usage_ratio" in readings:
+            self.prototype_usage.set(readings["prototype_usage_ratio"])
 
     def set_state(self, state: str) -> None:
         """Set the one state that the run is in."""

@@ -7,8 +7,16 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
+
+SHOWN = {
+    "ln_prototypes": " (ln K {:.3f})",
+    "prototype_usage_ratio": "  prototypes used {:.0%}",
+    "train_accuracy_ratio": "  right {:.1%}",
+}
+"""How people are told of a reading."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +28,10 @@ class Progress:
         images: images trained, all passes.
         fraction: share of the run that is done, 0 to 1; None for a stream without end.
         loss: of the last step.
-        ln_prototypes: ln K, the loss of a model that knows nothing.
         rate: learning rate.
         images_per_second: since the last line.
         data_wait_ratio: share of that time spent waiting for the loader.
-        prototype_usage_ratio: prototypes that were some image's best since the last line, over K.
+        readings: what else the task tells, by name (`SHOWN` has those for people).
         quarantined: samples and stretches that were not trained.
         seconds_left: an estimate; None where the end is not known.
     """
@@ -33,11 +40,10 @@ class Progress:
     images: int
     fraction: float | None
     loss: float
-    ln_prototypes: float
     rate: float
     images_per_second: float
     data_wait_ratio: float
-    prototype_usage_ratio: float
+    readings: Mapping[str, float]
     quarantined: int
     seconds_left: float | None
 
@@ -59,7 +65,9 @@ class Reporter:
                 self._write("\r\x1b[K" + _human(progress), end="")
                 self._open_line = True
         else:
-            fields = {name: _rounded(value) for name, value in asdict(progress).items()}
+            values = asdict(progress)
+            values |= values.pop("readings")
+            fields = {name: _rounded(value) for name, value in values.items()}
             self._json("progress", fields)
 
     def event(self, name: str, message: str, **fields: object) -> None:
@@ -92,12 +100,11 @@ class Reporter:
 def _human(progress: Progress) -> str:
     done = f"{100 * progress.fraction:5.1f}%  " if progress.fraction is not None else ""
     left = f"  {_clock(progress.seconds_left)} left" if progress.seconds_left is not None else ""
+    told = "".join(SHOWN[name].format(value) for name, value in progress.readings.items() if name in SHOWN)
     passed = f"  {progress.quarantined} quarantined" if progress.quarantined else ""
     return (
         f"{done}step {progress.step:,}  {progress.images:,} images  {progress.images_per_second:,.0f}/s  "
-        f"loss {progress.loss:.3f} (ln K {progress.ln_prototypes:.3f})  "
-        f"prototypes used {100 * progress.prototype_usage_ratio:.0f}%  "
-        f"data wait {100 * progress.data_wait_ratio:.0f}%{passed}{left}"
+        f"loss {progress.loss:.3f}{told}  data wait {100 * progress.data_wait_ratio:.0f}%{passed}{left}"
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
@@ -12,13 +15,15 @@ from streamswav.defaults import known
 from streamswav.models import SwAVNetwork, Trunk, build_network, share_statistics
 from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
 from streamswav.training.distributed import Ranks
-from streamswav.training.learner import Learner
 from streamswav.training.optim import build_optimizer
+from streamswav.training.swav_learner import SwAVLearner
+
+Network = TypeVar("Network", bound=nn.Module)
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def build_learner(config: Config, ranks: Ranks) -> Learner:
+def build_learner(config: Config, ranks: Ranks) -> SwAVLearner:
     """Build network, objective, queue and optimizer of a resolved configuration on this rank's device.
 
     Raises:
@@ -31,7 +36,7 @@ def build_learner(config: Config, ranks: Ranks) -> Learner:
     scaler = torch.amp.GradScaler(ranks.device.type) if training.precision == "float16" else None
     learner = assemble(
         config,
-        _distribute(network, config, ranks),
+        distribute(network, config, ranks),
         optimizer,
         queue.to(ranks.device) if queue is not None else None,
         group=ranks.group,
@@ -79,7 +84,7 @@ def assemble(
     *,
     group: dist.ProcessGroup | None = None,
     scaler: torch.amp.GradScaler | None = None,
-) -> Learner:
+) -> SwAVLearner:
     """Put a learner together from its parts; `group`: the ranks that share the codes."""
     swav = config.swav
     objective = SwAVLoss(
@@ -90,7 +95,7 @@ def assemble(
         hard_codes=swav.hard_codes,
         group=group,
     )
-    return Learner(
+    return SwAVLearner(
         network,
         objective,
         optimizer,
@@ -102,7 +107,7 @@ def assemble(
     )
 
 
-def _distribute(network: SwAVNetwork, config: Config, ranks: Ranks) -> SwAVNetwork | DistributedDataParallel:
+def distribute(network: Network, config: Config, ranks: Ranks) -> Network | DistributedDataParallel:
     """Wrap for several ranks. The running statistics that count are rank 0's, which saves them."""
     if ranks.world_size == 1:
         return network

@@ -18,6 +18,7 @@ from streamswav.errors import EXIT_FAILED, ManifestError, PeerError
 from streamswav.loader import Batch, Exhausted, Item, LaneBatches
 from streamswav.processes import Failed, open_loader, run_errand
 from streamswav.stream.grid import check_grid
+from streamswav.stream.labels import Labels
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import LOST_REASONS, OUTCOMES, PassedOver, Tally
 from streamswav.stream.pieces import Cursor, Piece
@@ -95,6 +96,7 @@ class Feed:
         settings: FeedSettings,
         reader: ShardReader,
         crop: MultiCrop,
+        labels: Labels | None = None,
         ranks: Ranks,
         select: Selection | None = None,
         growth: Growth | None = None,
@@ -103,6 +105,7 @@ class Feed:
         check_grid(position.grid, world_size=ranks.world_size, workers=settings.workers)
         self.manifest, self.position = manifest, position
         self._settings, self._reader, self._crop, self._ranks = settings, reader, crop, ranks
+        self._labels = labels
         self._select, self._growth = select or Selection.none(), growth
         self._hooks = hooks or Hooks()
         self._measure()
@@ -187,6 +190,7 @@ class Feed:
             reader=self._reader,
             select=self._select,
             crop=self._crop,
+            labels=self._labels,
         )
         settings, pin_memory = self._settings, self._ranks.device.type == "cuda"
         with open_loader(
@@ -415,7 +419,9 @@ class Feed:
         So what becomes of a sample does not depend on whether it is the order's last.
         """
         plan = Plan(replace(self.position.grid, batch=1, columns=1, rows=1), 0, 0, 0, (tuple(left),))
-        lane = LaneBatches(plan, {}, 0, range(1), self.manifest, self._reader, self._select, self._crop)
+        lane = LaneBatches(
+            plan, {}, 0, range(1), self.manifest, self._reader, self._select, self._crop, self._labels
+        )
         found = self._run_errand(lane.sift)
         if found is None:
             return left
@@ -426,9 +432,10 @@ class Feed:
     def _refuse_too_few(self, samples: int) -> None:
         passed = sum(self.position.total(outcome).samples for outcome in ("excluded", "filtered"))
         hint = f", {passed} more were excluded or filtered" if passed else ""
+        needed = f"; {self._labels.needed}" if self._labels and passed else ""
         raise ManifestError(
             f"the shards hold {samples} usable samples{hint}, fewer than one global batch "
-            f"(training.batch = {self.position.grid.batch}); lower it or add data"
+            f"(training.batch = {self.position.grid.batch}); lower it or add data{needed}"
         )
 
 

@@ -8,6 +8,7 @@ from streamswav.config import Config
 from streamswav.crops import MultiCrop, image_size
 from streamswav.defaults import known
 from streamswav.stream.grid import Grid
+from streamswav.stream.labels import Labels
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
@@ -33,6 +34,7 @@ def build_feed(
     *,
     select: Selection,
     crop: MultiCrop | None = None,
+    labels: Labels | None = None,
     growth: Growth | None = None,
     hooks: Hooks | None = None,
 ) -> Feed:
@@ -45,6 +47,7 @@ def build_feed(
         ranks: who shares the batches.
         select: what is not trained.
         crop: instead of the configuration's.
+        labels: of the samples, where they are wanted; one without a usable label is passed over.
         growth: finds new shards of a stream that is followed.
         hooks: of the feed.
 
@@ -65,6 +68,7 @@ def build_feed(
         ),
         reader=build_reader(config, manifest, lanes=lanes),
         crop=crop or MultiCrop(config.crops, seed=stream.seed),
+        labels=labels,
         ranks=ranks,
         select=select,
         growth=growth,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -36,13 +36,12 @@ class Monitor:
         reporter: Reporter,
         ranks: Ranks,
         *,
-        prototypes: int,
         log_seconds: float,
         watchdog: Watchdog | None = None,
     ) -> None:
         self._watchdog = watchdog or Watchdog()
         self.metrics, self._reporter, self._ranks = metrics, reporter, ranks
-        self._prototypes, self._log_seconds = prototypes, log_seconds
+        self._log_seconds = log_seconds
         self.loss_first: float | None = None
         self.loss_last = math.nan
         self._began = self._logged = self._stepped = time.perf_counter()
@@ -52,10 +51,8 @@ class Monitor:
         self._images_begun = self._images_logged = 0
         self._losses = torch.zeros((), device=ranks.device)
         self._counted = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        self._used = torch.zeros(prototypes, dtype=torch.bool, device=ranks.device)
         self._steps = 0
         self._trained = 0
-        metrics.prototypes.set(prototypes)
 
     def begin(self, *, images: int, loss_first: float | None) -> None:
         """Start the clocks; `images` were trained before this process."""
@@ -99,7 +96,6 @@ class Monitor:
         # A loss that is not finite was skipped with its step.
         self._losses += torch.where(result.skipped, 0.0, result.loss)
         self._counted += result.skipped.logical_not()
-        self._used[result.scores.argmax(dim=-1).flatten()] = True
         self._steps += 1
         metrics, now = self.metrics, time.perf_counter()
         metrics.step_duration.observe(now - self._stepped)
@@ -159,19 +155,28 @@ class Monitor:
         """Record that shards joined the run."""
         self.metrics.stream_shards.labels("manifest").set(len(manifest.shards))
 
-    def log(self, *, step: int, images: int, fraction: float, rate: float, quarantined: int) -> None:
-        """Read the loss from the device, tell it; every rank must call this after the same step."""
+    def log(
+        self,
+        *,
+        step: int,
+        images: int,
+        fraction: float,
+        rate: float,
+        quarantined: int,
+        read: Callable[[], Mapping[str, float]],
+    ) -> None:
+        """Read the loss and what else there is from the device, tell it; every rank, after the same step."""
         if self._steps == 0:
             return
         counted = int(self._counted)
         loss = self._mean_over_ranks(float(self._losses) / counted if counted else math.nan)
-        usage = float(self._used.float().mean())
+        readings = read()
         now = time.perf_counter()
         seconds = max(now - self._logged, 1e-9)
         elapsed = now - self._began
         self.loss_last = loss
         self.metrics.loss.set(loss)
-        self.metrics.prototype_usage.set(usage)
+        self.metrics.note(readings)
         since = images - self._images_begun
         speed = (images - self._images_logged) / seconds
         overall = since / max(elapsed, 1e-9)
@@ -183,11 +188,10 @@ class Monitor:
                 images=images,
                 fraction=fraction,
                 loss=loss,
-                ln_prototypes=math.log(self._prototypes),
                 rate=rate,
                 images_per_second=speed,
                 data_wait_ratio=min(1.0, self._phases.get("data_wait", 0.0) / seconds),
-                prototype_usage_ratio=usage,
+                readings=readings,
                 quarantined=quarantined,
                 seconds_left=left / overall if overall and math.isfinite(left) else None,
             )
@@ -195,7 +199,6 @@ class Monitor:
         self._logged, self._images_logged, self._phases, self._steps = now, images, {}, 0
         self._losses.zero_()
         self._counted.zero_()
-        self._used.zero_()
 
     @property
     def images_per_second(self) -> float:

@@ -13,6 +13,7 @@ from streamswav.errors import NonFiniteError
 from streamswav.loader import Batch
 from streamswav.training.feed import Feed
 from streamswav.training.learner import Learner, StepResult
+from streamswav.training.task import Task
 
 PROBATION_STEPS = 1000
 SUSPICIOUS = 3
@@ -34,39 +35,39 @@ class OpenSteps:
 
     Args:
         section: the budget.
-        learner: hears which steps did not count.
+        task: hears which steps did not count.
         feed: hears what samples were skipped.
 
     Attributes:
         in_a_row: skipped steps up to the last one that was read.
     """
 
-    def __init__(self, section: TrainingSection, learner: Learner, feed: Feed) -> None:
-        self._section, self._learner, self._feed = section, learner, feed
-        self._open: list[tuple[Batch, Tensor, int]] = []
+    def __init__(self, section: TrainingSection, task: Task, feed: Feed) -> None:
+        self._section, self._task, self._feed = section, task, feed
+        self._open: list[tuple[Batch, Tensor]] = []
         self._steps = self._skipped = self._longest = 0
         self.in_a_row = 0
 
     def add(self, batch: Batch, result: StepResult) -> None:
-        """Take note of a step; pixels, parameters, embeddings and scores are let go of.
+        """Take note of a step; pixels, parameters and labels are let go of.
 
         A batch's tensors lie in memory that a loader process shares, each with an open file.
         """
-        light = replace(batch, pixels=(), parameters=torch.empty(0))
-        self._open.append((light, result.skipped, result.pushed))
+        light = replace(batch, pixels=(), parameters=torch.empty(0), labels=None)
+        self._open.append((light, result.skipped))
 
     def settle(self) -> Settled:
         """Read which steps were skipped, and tell the feed; every rank must call this after the same step."""
         if not self._open:
             return Settled(0, 0)
-        flags: list[bool] = torch.stack([skipped for _, skipped, _ in self._open]).tolist()
+        flags: list[bool] = torch.stack([skipped for _, skipped in self._open]).tolist()
         self._longest = self.in_a_row
-        for (batch, _, pushed), skipped in zip(self._open, flags, strict=True):
+        for (batch, _), skipped in zip(self._open, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             self._longest = max(self._longest, self.in_a_row)
             if skipped:
                 self._feed.skip(batch)
-                self._learner.take_back(pushed)
+        self._task.settled(flags)
         self._open.clear()
         skipped_steps, batch_size = sum(flags), self._feed.position.grid.batch
         self._steps += len(flags)

@@ -29,7 +29,7 @@ class Restored:
         loss_first: loss of the run's first step.
         position: of the stream.
         shared: network, optimizer and scaler.
-        by_rank: queue and random state of every rank.
+        by_rank: random state of every rank, and what else is its own.
     """
 
     checkpoint: Checkpoint
@@ -90,14 +90,11 @@ def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int)
     Raises:
         CheckpointError: the state does not fit the learner.
     """
-    queues = [state["queue"] for state in restored.by_rank]
     saved = restored.position.grid.batch
-    features = [each["features"] for each in queues] if queues[0] else []
-    length = learner.queue.features.shape[1] if learner.queue is not None else 0
-    own = queues[0]
-    if length and features:
-        own = {"features": _own_queue(features, ranks, saved=saved, batch=batch, length=length)}
-    learner.load_state_dict({**restored.shared, "queue": own})
+    own = {}
+    if learner.own_state:
+        own = learner.own_part(restored.by_rank, ranks, saved=saved, batch=batch)
+    learner.load_state_dict({**restored.shared, **own})
     if ranks.world_size == len(restored.by_rank):
         torch.set_rng_state(restored.by_rank[ranks.rank]["random"])
 
@@ -130,22 +127,3 @@ def refuse_other_model(checkpoint: Checkpoint, here: Mapping[str, Any]) -> None:
                     f"{checkpoint.url} was made with {section}.{name} = {saved!r}, now it is {value!r}: "
                     "set it back, or choose another run.directory"
                 )
-
-
-def _own_queue(
-    features: list[torch.Tensor], ranks: Ranks, *, saved: int, batch: int, length: int
-) -> torch.Tensor:
-    """This rank's part of the queues [A, length, D] of all ranks that saved.
-
-    A queue is a row of batches, the newest first, and each rank holds its share of every batch; so the
-    shares are put together batch by batch before they are divided among the ranks that there are now. Where
-    the batch has another size now, the oldest embeddings fall out, or their place is empty for a while.
-    """
-    if len(features) == ranks.world_size and saved == batch:
-        return features[ranks.rank]
-    share, dim = saved // len(features), features[0].shape[2]
-    by_batch = torch.cat([each.view(len(each), -1, share, dim) for each in features], dim=2)
-    whole = by_batch.flatten(1, 2)
-    want = length * ranks.world_size
-    whole = torch.nn.functional.pad(whole[:, :want], (0, 0, 0, max(0, want - whole.shape[1])))
-    return whole.view(len(whole), -1, batch, dim).chunk(ranks.world_size, dim=2)[ranks.rank].flatten(1, 2)

@@ -223,7 +223,7 @@ class Saver:
         """Copy all that is saved, and begin to write it."""
         began = time.perf_counter()
         state = learner.state_dict()
-        own = {"queue": state.pop("queue"), "random": torch.get_rng_state()}
+        own = {name: state.pop(name) for name in learner.own_state} | {"random": torch.get_rng_state()}
         by_rank = self._ranks.collect(Stage().take(own))
         self._staged, self._staged_images = (step, position.finished), position.seen.samples
         unlisted, feed.unwritten[:] = [*self._unlisted, *feed.unwritten], []

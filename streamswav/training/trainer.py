@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
-from streamswav.crops import Augment
 from streamswav.errors import (
     BudgetSpentError,
     DrainedError,
@@ -17,17 +14,17 @@ from streamswav.errors import (
 )
 from streamswav.loader import Batch
 from streamswav.training.feed import Feed
-from streamswav.training.learner import Learner
 from streamswav.training.monitor import Monitor
 from streamswav.training.open_steps import SUSPICIOUS, OpenSteps, refuse_unbounded
 from streamswav.training.pace import Pace
 from streamswav.training.saver import Saver
+from streamswav.training.task import Task
 
 RESCUE_SECONDS = 20.0
 
 
 class Trainer:
-    """Trains a learner on a feed until the feed ends, the images are done, or a drain is asked for.
+    """Trains a task on a feed until the feed ends, the images are done, or a drain is asked for.
 
     Attributes:
         step: optimizer steps done, over all starts of the run.
@@ -36,20 +33,18 @@ class Trainer:
     def __init__(
         self,
         *,
-        learner: Learner,
+        task: Task,
         feed: Feed,
-        augment: Augment,
         pace: Pace,
         saver: Saver,
         monitor: Monitor,
         open_steps: OpenSteps,
         step: int,
         images_limit: int | None,
-        device: torch.device,
     ) -> None:
-        self._learner, self._feed, self._augment, self._pace = learner, feed, augment, pace
+        self._task, self._feed, self._pace = task, feed, pace
         self._saver, self._monitor, self._images_limit = saver, monitor, images_limit
-        self._device, self._open_steps = device, open_steps
+        self._open_steps = open_steps
         self.step = step
 
     def train(self) -> None:
@@ -63,20 +58,14 @@ class Trainer:
         for batch in self._batches():
             stride = self._pace.stride(feed.seen, feed.seen_bytes)
             with monitor.phase("h2d"):
-                crops = self._augmented(batch)
+                tensors = self._task.to_device(batch)
             with monitor.phase("forward_backward"):
-                result = self._learner.step(
-                    crops,
-                    rate=stride.rate,
-                    freeze_prototypes=stride.freeze_prototypes,
-                    use_queue=stride.use_queue,
-                )
+                result = self._task.step(tensors, stride)
             feed.commit(batch)
             self._open_steps.add(batch, result)
             self.step += 1
             monitor.stepped(batch, result, step=self.step, images=feed.seen, rate=stride.rate)
-            # Whether the queue is full must not depend on when somebody looks.
-            if feed.log_agreed or feed.save_agreed or result.filled:
+            if feed.log_agreed or feed.save_agreed or result.look:
                 self._look(stride.rate)
             if feed.save_agreed:
                 self._save()
@@ -126,15 +115,6 @@ class Trainer:
             with contextlib.suppress(StorageError):
                 self._save(wait=True, seconds=RESCUE_SECONDS, last=True)
 
-    def _augmented(self, batch: Batch) -> list[torch.Tensor]:
-        """Move the crops to the device and augment them there, resolution by resolution."""
-        counts = [len(pixels) for pixels in batch.pixels]
-        by_resolution = zip(batch.pixels, torch.split(batch.parameters, counts), strict=True)
-        return [
-            self._augment(pixels.to(self._device, non_blocking=True), parameters)
-            for pixels, parameters in by_resolution
-        ]
-
     @property
     def _rate(self) -> float:
         """Learning rate of the step that would come next."""
@@ -155,6 +135,7 @@ class Trainer:
             fraction=self._pace.fraction(feed.seen, feed.seen_bytes),
             rate=rate,
             quarantined=feed.skipped,
+            read=self._task.readings,
         )
         try:
             steps.check(self.step, last=last)
@@ -180,10 +161,9 @@ class Trainer:
         if self._open_steps.in_a_row >= (SUSPICIOUS if last else 1):
             monitor.put_off(self.step)
             return False
-        refuse_unbounded(self._learner, self.step)
+        learner = self._task.learner
+        refuse_unbounded(learner, self.step)
         loss_first = monitor.loss_first
         with monitor.saving():
-            self._saver.save(
-                self._learner, feed, step=self.step, loss_first=loss_first, wait=wait, seconds=seconds
-            )
+            self._saver.save(learner, feed, step=self.step, loss_first=loss_first, wait=wait, seconds=seconds)
         return True

@@ -16,7 +16,7 @@ from streamswav.config import Config
 from streamswav.swav import sinkhorn
 from streamswav.training.build import build_learner
 from streamswav.training.distributed import Ranks
-from streamswav.training.learner import Learner
+from streamswav.training.swav_learner import SwAVLearner
 
 BATCH, STEPS, CROPS = 12, 6, ((2, 16), (3, 8))
 VALUES: Mapping[str, Any] = {
@@ -49,7 +49,7 @@ def train(rank: int, group: dist.ProcessGroup, **training: Any) -> dict[str, Any
     }
 
 
-def one_step(learner: Learner, step: int, rank: int, world_size: int) -> Tensor:
+def one_step(learner: SwAVLearner, step: int, rank: int, world_size: int) -> Tensor:
     share = crops(step, rank, world_size)
     if step == 3 and rank == 0:
         share[0][0, 0, 0, 0] = torch.nan  # on one rank alone; all of them skip the step

@@ -18,8 +18,8 @@ from streamswav.errors import EXIT_DONE
 from streamswav.models import build_network
 from streamswav.swav import FeatureQueue, SwAVLoss
 from streamswav.training.distributed import compute_repeatably
-from streamswav.training.learner import Learner
 from streamswav.training.optim import LARS
+from streamswav.training.swav_learner import SwAVLearner
 
 VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -99,7 +99,7 @@ class Operations(TorchDispatchMode):
 def test_a_step_uses_nothing_that_has_no_repeatable_kernel_on_a_gpu(hard: bool) -> None:
     network = build_network(tiny_config(stem="imagenet").model, prototypes=PROTOTYPES)
     optimizer, queue = LARS(network.parameters(), 0.0), FeatureQueue(length=8, dim=8, crops=2)
-    student = Learner(network, SwAVLoss(hard_codes=hard), optimizer, crops=3, queue=queue)
+    student = SwAVLearner(network, SwAVLoss(hard_codes=hard), optimizer, crops=3, queue=queue)
     with Operations() as seen:
         for _ in range(3):
             crops = [torch.randn(count * 8, 3, size, size) for count, size in ((2, 64), (1, 32))]

@@ -37,7 +37,7 @@ from tiny_run import tiny_config
 
 from shards.cli import main as shards_main
 from streamswav import cli
-from streamswav.commands import pretrain
+from streamswav.commands import training_run
 from streamswav.config import StorageSection
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
 from streamswav.models import build_trunk
@@ -69,7 +69,7 @@ def train(shards, tmp_path, capfd, monkeypatch):
 
     def run(*, images=None, crops=None, storage=None, optimizer=None, **stream):
         metrics = Metrics()
-        monkeypatch.setattr(pretrain, "Metrics", lambda: metrics)
+        monkeypatch.setattr(training_run, "Metrics", lambda: metrics)
         base = {"urls": shards.folder, "columns": 4, "rows": 2, "window": 4, "shard_ratio": 0.9}
         given = arguments(
             run={"directory": tmp_path / "run"},

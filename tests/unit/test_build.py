@@ -10,7 +10,7 @@ from streamswav.config import Config
 from streamswav.errors import ConfigError
 from streamswav.training.build import build_learner
 from streamswav.training.distributed import Ranks
-from streamswav.training.learner import Learner
+from streamswav.training.swav_learner import SwAVLearner
 
 BATCH = 4
 STEP: dict[str, Any] = {"rate": 0.05, "freeze_prototypes": False, "use_queue": False}
@@ -22,7 +22,7 @@ VALUES: dict[str, Any] = {
 }
 
 
-def built(**training: Any) -> Learner:
+def built(**training: Any) -> SwAVLearner:
     torch.manual_seed(0)
     given = {"batch": BATCH, "precision": "float32", "sync_batch_norm": 0, **training}
     return build_learner(Config.model_validate({**VALUES, "training": given}), Ranks())
@@ -33,7 +33,7 @@ def crops(seed: int) -> list[Tensor]:
     return [torch.randn(2 * BATCH, 3, size, size, generator=generator) for size in (16, 8)]
 
 
-def losses(learner: Learner) -> list[float]:
+def losses(learner: SwAVLearner) -> list[float]:
     return [float(learner.step(crops(seed), **STEP).loss) for seed in range(3)]
 
 

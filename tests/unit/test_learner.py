@@ -12,19 +12,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from streamswav.config import OptimizerSection
 from streamswav.errors import CheckpointError
 from streamswav.swav import FeatureQueue, SwAVLoss
-from streamswav.training.learner import Learner
 from streamswav.training.optim import LARS, build_optimizer
+from streamswav.training.swav_learner import SwAVLearner
 
 BATCH = 8
 STEP: dict[str, Any] = {"rate": 0.5, "freeze_prototypes": False, "use_queue": True}
 
 
-def learner(*, length: int = 16, **changes: Any) -> Learner:
+def learner(*, length: int = 16, **changes: Any) -> SwAVLearner:
     torch.manual_seed(0)
     network = tiny_network()
     optimizer = changes.pop("optimizer", None) or LARS(network.parameters(), 0.0, weight_decay=1e-4)
     queue = FeatureQueue(length=length, dim=12, crops=2) if length else None
-    return Learner(network, SwAVLoss(), optimizer, crops=5, queue=queue, **changes)
+    return SwAVLearner(network, SwAVLoss(), optimizer, crops=5, queue=queue, **changes)
 
 
 def crops(seed: int) -> list[Tensor]:
@@ -181,7 +181,7 @@ def test_loss_scaling_changes_nothing_and_an_overflow_skips_the_step() -> None:
     assert scaled.state_dict()["scaler"]["scale"] == 512
 
 
-def with_optimizer(name: str) -> Learner:
+def with_optimizer(name: str) -> SwAVLearner:
     student = learner()
     section = OptimizerSection.model_validate({"name": name, "weight_decay": 1e-4})
     student.optimizer = build_optimizer(section, student.module.parameters())
@@ -248,7 +248,7 @@ def test_other_optimizers_take_the_same_steps(name: str) -> None:
     torch.manual_seed(0)
     section = OptimizerSection.model_validate({"name": name})
     network = tiny_network()
-    student = Learner(network, SwAVLoss(), build_optimizer(section, network.parameters()), crops=5)
+    student = SwAVLearner(network, SwAVLoss(), build_optimizer(section, network.parameters()), crops=5)
     losses = [
         float(student.step(crops(0), rate=0.02, freeze_prototypes=i < 5, use_queue=False).loss)
         for i in range(40)

@@ -39,7 +39,10 @@ from streamswav.training.learner import Learner, StepResult
 from streamswav.training.monitor import Monitor
 from streamswav.training.open_steps import OpenSteps
 from streamswav.training.optim import LARS
+from streamswav.training.pace import Stride
+from streamswav.training.pretraining import Calendar, Pretraining
 from streamswav.training.saver import Saver
+from streamswav.training.swav_learner import SwAVLearner
 from streamswav.training.trainer import Trainer
 
 STEPS = 10
@@ -244,13 +247,21 @@ def test_a_step_sends_nothing_to_the_gpu_while_the_host_waits(monkeypatch: pytes
         with torch.device("cuda"):
             network = build_network(tiny_config().model, prototypes=PROTOTYPES)
             queue = FeatureQueue(length=16, dim=8, crops=2)
-        student = Learner(network, SwAVLoss(), LARS(network.parameters(), 0.0), crops=3, queue=queue)
-        monitor = Monitor(Metrics(), Reporter(silent=True), ranks, prototypes=PROTOTYPES, log_seconds=1e9)
+        optimizer = LARS(network.parameters(), 0.0)
+        student = SwAVLearner(network, SwAVLoss(), optimizer, crops=3, queue=queue)
+        task = Pretraining(
+            student,
+            Augment(CropsSection()),
+            Calendar(freeze_until=1, queue_from=0),
+            prototypes=PROTOTYPES,
+            device=ranks.device,
+        )
+        monitor = Monitor(Metrics(), Reporter(silent=True), ranks, log_seconds=1e9)
         monitor.begin(images=0, loss_first=5.0)
         for step in range(4):
             crops = [torch.randn(n * 8, 3, size, size, device="cuda") for n, size in ((2, 16), (1, 8))]
             with transfers:
-                result = student.step(crops, rate=0.1, freeze_prototypes=not step, use_queue=True)
+                result = task.step(crops, Stride(rate=0.1, images=8 * step, done=8 * step))
                 monitor.stepped(batch(), result, step=step, images=8, rate=0.1)
     assert transfers.on_gpu
     assert transfers.found == []

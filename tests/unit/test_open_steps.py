@@ -30,8 +30,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def test_a_step_that_is_not_read_yet_holds_its_flag_and_no_memory_beside() -> None:
     steps = OpenSteps(TrainingSection(), cast("Any", None), cast("Any", None))
     large, flag = [torch.zeros(8, 8) for _ in range(4)], torch.tensor(False)
-    batch = Batch(0, (large[0],), large[1], (), (), (), {}, 0, {}, (), (), {}, ())
-    steps.add(batch, StepResult(torch.zeros(()), torch.zeros(()), flag, large[2], large[3], 0, False))
+    batch = Batch(0, (large[0],), large[1], (), (), (), {}, 0, {}, (), (), {}, (), large[2])
+    steps.add(batch, StepResult(torch.zeros(()), torch.zeros(()), flag))
     held = [each for each in tensors(steps._open) if each.untyped_storage().nbytes()]
     assert len(held) == 1
     assert held[0] is flag

@@ -28,12 +28,12 @@ from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, read_ch
 from streamswav.training.distributed import Ranks
 from streamswav.training.restore import (
     Restored,
-    _own_queue,
     describe_model,
     load_into,
     refuse_other_model,
 )
 from streamswav.training.saver import Saver, without_secrets
+from streamswav.training.swav_learner import _own_queue
 
 BATCH, DIM, CROPS = 8, 4, 2
 

@@ -1,0 +1,368 @@
+"""What every training command does: put a run together from its configuration, and run it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from streamswav import __version__
+from streamswav.commands.run_folder import (
+    MANIFEST_FILE,
+    Run,
+    checkpoints_of,
+    freeze_manifest,
+    hold_lease,
+    mirror_of,
+    read_begun,
+    refuse_other_grid,
+)
+from streamswav.commands.summary import summarise
+from streamswav.config import Config, dump_config
+from streamswav.crops import MultiCrop
+from streamswav.defaults import Choice, Facts, known, run_samples
+from streamswav.drain import Drain
+from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
+from streamswav.planning import trunk_parameters
+from streamswav.stream.grid import Grid, fit_grid
+from streamswav.stream.labels import Labels
+from streamswav.stream.manifest import Manifest
+from streamswav.stream.position import Position
+from streamswav.stream.select import Selection
+from streamswav.stream.store import Store, join, redact
+from streamswav.telemetry.exporter import serve_metrics
+from streamswav.telemetry.metrics import Metrics
+from streamswav.telemetry.progress import Reporter
+from streamswav.training.distributed import (
+    Ranks,
+    compute_repeatably,
+    join_ranks,
+    local_world_size,
+    own_heartbeat,
+    own_rank,
+)
+from streamswav.training.feed import Feed, Hooks
+from streamswav.training.feeding import begun_grid, build_feed, build_selection
+from streamswav.training.growth import Growth
+from streamswav.training.lease import Lease
+from streamswav.training.monitor import Monitor
+from streamswav.training.open_steps import OpenSteps
+from streamswav.training.pace import Pace, make_pace
+from streamswav.training.restore import Restored, load_into, restore
+from streamswav.training.saver import Saver, without_secrets
+from streamswav.training.task import Task
+from streamswav.training.trainer import Trainer
+from streamswav.training.watchdog import Watchdog, watch
+
+_LEADER_FIRST_SECONDS = 2.0
+_CLOSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """What tells one kind of training from another; every rank calls all of it in the same order.
+
+    Attributes:
+        resolve: chooses what was left open.
+        task: builds what is trained, of a configuration on the grid of these ranks.
+        prepare: looks at what the configuration names, and completes it, before its shards are listed.
+        parts: returns what crops the images, if not as pretraining does, and what tells their labels.
+        finish: returns what the summary says beside what each one does, given the steps and images of the
+            run that is done.
+    """
+
+    resolve: Callable[[Config, Facts, Ranks], tuple[Config, list[Choice]]]
+    task: Callable[[Run, Config, Pace], Task]
+    prepare: Callable[[Config, Ranks, Store, Reporter], Config] = lambda config, *_: config
+    parts: Callable[[Run], tuple[MultiCrop | None, Labels | None]] = lambda _: (None, None)
+    finish: Callable[[Run, Task, int, int], Mapping[str, Any]] = lambda *_: {}
+
+
+def run_training(config: Config, drain: Drain, program: Program) -> dict[str, Any]:
+    """Run, or go on with, the training that the configuration describes.
+
+    Args:
+        config: as it was given.
+        drain: whether to stop; from the first step on a stop saves.
+        program: what is trained.
+
+    Returns:
+        The summary that is written beside the checkpoints; empty on ranks other than 0.
+
+    Raises:
+        DrainedError: stopped by a signal; everything is saved.
+        StreamswavError: as the configuration, the data or the store deserve.
+    """
+    refuse_incomplete(config)
+    metrics = Metrics()
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(watch(config.watchdog, own_heartbeat(), rank=own_rank()))
+        ranks = stack.enter_context(join_ranks(config.training.device))
+        try:
+            section = config.telemetry
+            ranks.lead(
+                lambda: stack.enter_context(serve_metrics(metrics, port=section.port, bind=section.bind))
+            )
+            reporter = stack.enter_context(closing(Reporter(silent=not ranks.leads)))
+            with hold_lease(config, ranks, reporter) as lease:
+                run = _prepare(config, ranks, metrics, reporter, lease=lease, program=program)
+                return _train(run, program, drain, watchdog)
+        except StreamswavError as error:
+            metrics.set_state("draining" if isinstance(error, DrainedError) else "failed")
+            if ranks.leads:
+                raise
+            # All ranks have the same error, since they agree on every one. Rank 0 tells it, in time: a
+            # launcher ends the others as soon as one has gone.
+            time.sleep(_LEADER_FIRST_SECONDS)
+            raise SystemExit(error.exit_code) from None
+
+
+def refuse_incomplete(config: Config) -> None:
+    """Refuse a configuration without shards or without a place for the run.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if not config.stream.urls:
+        raise ConfigError("stream.urls", "say where the shards are, as --stream.urls s3://bucket/shards/")
+    if not config.run.directory:
+        raise ConfigError("run.directory", "say where the run is kept, as --run.directory runs/first")
+
+
+def _prepare(
+    config: Config,
+    ranks: Ranks,
+    metrics: Metrics,
+    reporter: Reporter,
+    *,
+    lease: Lease,
+    program: Program,
+) -> Run:
+    """List the shards, choose what was left open, and say so."""
+    _set_up_torch(config, ranks)
+    store = Store(config.storage)
+    begun = ranks.lead(lambda: read_begun(config, store))
+    config = program.prepare(config, ranks, store, reporter)
+    manifest = ranks.lead(lambda: freeze_manifest(config, store, reporter, begun=begun is not None))
+    if begun:
+        refuse_other_grid(begun_grid(begun), config)
+    cuda = ranks.device.type == "cuda"
+    facts = Facts(
+        world_size=ranks.world_size,
+        cores=min(ranks.gather(_cores())),
+        cuda=cuda,
+        bfloat16=all(ranks.gather(cuda and torch.cuda.is_bf16_supported(including_emulation=False))),
+        shards=len(manifest.shards),
+        samples=manifest.samples,
+        run_samples=manifest.total(config.stream.passes_by_url),
+        trunk_parameters=trunk_parameters(config),
+        begun=begun,
+    )
+    resolved, choices = program.resolve(config, facts, ranks)
+    for choice in choices:
+        reporter.event(
+            "default", f"{choice.key} = {choice.value}  ({choice.reason})", key=choice.key, value=choice.value
+        )
+    batch = known(resolved.training.batch)
+    if manifest.samples is not None and manifest.samples < batch and not resolved.stream.follow:
+        raise ManifestError(
+            f"{redact(config.stream.urls[0])}: {manifest.samples} samples are fewer than one global batch "
+            f"(training.batch = {batch}); lower it or add data"
+        )
+    return Run(resolved, manifest, ranks, store, reporter, metrics, lease)
+
+
+def _set_up_torch(config: Config, ranks: Ranks) -> None:
+    torch.set_num_threads(config.training.threads or _cores())
+    torch.manual_seed(config.stream.seed)
+    if config.training.deterministic:
+        compute_repeatably()
+    elif ranks.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
+def _cores() -> int:
+    """The CPU cores that a rank of this machine can use."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
+    """Go on from the newest checkpoint, or begin; the summary is rank 0's, empty on others."""
+    config, ranks, reporter = run.config, run.ranks, run.reporter
+    folder = checkpoints_of(config, run.store, lambda text: reporter.event("warning", text), lease=run.lease)
+    saver = Saver(folder, run.store, config, ranks, mirror=mirror_of(run))
+    restored = restore(folder, run.store, config, ranks)
+    if restored:
+        saver.resume_from(restored)
+    log_seconds = config.telemetry.log_seconds
+    monitor = Monitor(run.metrics, reporter, ranks, log_seconds=log_seconds, watchdog=watchdog)
+    saver.listener = monitor
+    monitor.describe(run.manifest, _about(config, ranks))
+    run.metrics.checkpoint_interval.set(60 * (config.checkpoint.minutes or math.inf))
+    trainer, feed, task = _build_trainer(run, program, saver, monitor, restored, drain=drain)
+    loss_first = restored.loss_first if restored else None
+    del restored  # it holds a model and an optimizer
+    if trainer.done:
+        reporter.event("done", f"{config.run.directory}: this run is done ({feed.seen:,} images)")
+    else:
+        place = join(config.run.directory, "config.yaml")
+        ranks.lead(lambda: run.store.write(place, dump_config(without_secrets(config)).encode()))
+        drain.patient = True
+        monitor.begin(images=feed.seen, loss_first=loss_first)
+        try:
+            trainer.train()
+        except Exception:  # also what gloo says of lost peers: what was staged is whole
+            with watchdog.within("checkpoint"):
+                saver.close(_CLOSE_SECONDS)
+            raise
+    with watchdog.within("evaluation"):
+        more = program.finish(run, task, trainer.step, feed.position.trained)
+    run.metrics.set_state("done")
+    summary = ranks.lead(lambda: summarise(run, trainer, feed, monitor, saver, more=more))
+    with watchdog.within("checkpoint"):
+        saver.close()
+    return summary if ranks.leads else {}
+
+
+def _build_trainer(
+    run: Run,
+    program: Program,
+    saver: Saver,
+    monitor: Monitor,
+    restored: Restored | None,
+    *,
+    drain: Drain,
+) -> tuple[Trainer, Feed, Task]:
+    ranks, select = run.ranks, _load_selection(run)
+    position = _start_position(run, restored)
+    config = _on_grid(run.config, position.grid)
+    pace = make_pace(
+        config,
+        samples=_run_samples(run.config, run.manifest),
+        size=run.manifest.total_bytes(config.stream.passes_by_url),
+    )
+    task = program.task(run, config, pace)
+    if restored:
+        load_into(task.learner, restored, ranks, batch=position.grid.batch)
+        run.reporter.event(
+            "resumed",
+            f"going on from {restored.checkpoint.url} ({position.trained:,} images)",
+            step=restored.step,
+        )
+    crop, labels = program.parts(run)
+    feed = build_feed(
+        config,
+        run.manifest,
+        position,
+        ranks,
+        select=select,
+        crop=crop,
+        labels=labels,
+        growth=_growth(run) if config.stream.follow else None,
+        hooks=Hooks(
+            drain=drain,
+            wants_save=lambda: saver.due(feed.seen + feed.position.grid.batch),
+            wants_log=monitor.log_due,
+            on_passed_over=lambda each: monitor.passed_over(each, feed.shard_key(each)),
+            on_idle=lambda idle: trainer.idle(idle),  # noqa: PLW0108 - it is built from this feed
+            on_grown=monitor.grown,
+        ),
+    )
+    trainer = Trainer(
+        task=task,
+        feed=feed,
+        pace=pace,
+        saver=saver,
+        monitor=monitor,
+        open_steps=OpenSteps(config.training, task, feed),
+        step=restored.step if restored else 0,
+        images_limit=config.training.images,
+    )
+    return trainer, feed, task
+
+
+def _load_selection(run: Run) -> Selection:
+    """Read what is not trained; every rank does, since predicates are functions of this machine."""
+    held: list[Selection] = []
+
+    def load() -> str:
+        held.append(build_selection(run.config, run.store))
+        return held[0].digest
+
+    if len({*run.ranks.each(load)}) > 1:
+        reason = "the ranks read other lists: put them where all of them find the same"
+        raise ConfigError("stream.exclude", reason, value=run.config.stream.exclude)
+    (select,) = held
+    if run.config.stream.exclude or run.config.stream.where:
+        run.reporter.event(
+            "selection",
+            f"{select.excluded_keys:,} keys are excluded, {len(run.config.stream.where)} conditions hold",
+            digest=select.digest,
+        )
+    return select
+
+
+def _growth(run: Run) -> Growth:
+    config, reporter = run.config, run.reporter
+    return Growth(
+        config.stream.urls,
+        run.store,
+        run.manifest,
+        join(config.run.directory, MANIFEST_FILE),
+        seconds=config.stream.follow_seconds,
+        idle_seconds=config.stream.follow_idle_seconds,
+        on_found=lambda count: reporter.event("grown", f"{count} new shards join the run", shards=count),
+    )
+
+
+def _on_grid(config: Config, grid: Grid) -> Config:
+    """The configuration for the batch that this number of ranks can share."""
+    training = config.training.model_copy(update={"batch": grid.batch})
+    return config.model_copy(update={"training": training})
+
+
+def _run_samples(config: Config, manifest: Manifest) -> int | None:
+    return run_samples(config, manifest.total(config.stream.passes_by_url))
+
+
+def _start_position(run: Run, restored: Restored | None) -> Position:
+    """The restored position, on a grid that this number of ranks and workers divides, or the beginning.
+
+    Raises:
+        PositionError: the shards, the grid or the seed of the configuration are not the run's, or the ranks
+            cannot share the batch.
+    """
+    config, begun = run.config, begun_grid(run.config)
+    passes = config.stream.passes_by_url
+    if restored is None:
+        return Position(run.manifest.digest, begun, config.stream.seed, passes)
+    position = restored.position.with_passes(passes)
+    position.covered(run.manifest)
+    world_size, workers = run.ranks.world_size, known(config.loader.workers)
+    grid = fit_grid(position.grid, begun, world_size=world_size, workers=workers)
+    if grid != position.grid:
+        run.reporter.event(
+            "replanned",
+            f"{world_size} ranks x {workers} workers do not divide the lane grid ({_shape(position.grid)}): "
+            f"what is left of the pass is dealt again, each sample still exactly once ({_shape(grid)})",
+            batch=grid.batch,
+            columns=grid.columns,
+            rows=grid.rows,
+        )
+    return position.on_grid(run.manifest, grid)
+
+
+def _shape(grid: Grid) -> str:
+    return f"{grid.columns} columns, {grid.rows} rows, batches of {grid.batch}"
+
+
+def _about(config: Config, ranks: Ranks) -> dict[str, str]:
+    digest = hashlib.blake2b(dump_config(config).encode(), digest_size=6).hexdigest()
+    return {"version": __version__, "world_size": str(ranks.world_size), "config_hash": digest}

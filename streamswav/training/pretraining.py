@@ -1,0 +1,120 @@
+"""Pretraining as a task: crops, the queue's and the prototypes' times, and how many prototypes are used."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from streamswav.config import Config
+from streamswav.crops import Augment
+from streamswav.defaults import FREEZE, QUEUE_START
+from streamswav.loader import Batch
+from streamswav.training.learner import StepResult
+from streamswav.training.pace import Pace, Stride
+from streamswav.training.swav_learner import SwAVLearner
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """When prototypes rest and the queue is used, in the unit of the run's pace.
+
+    Attributes:
+        freeze_until: the prototypes rest until then.
+        queue_from: the queue is used from then on.
+    """
+
+    freeze_until: float
+    queue_from: float
+
+    def freezes(self, stride: Stride) -> bool:
+        """Tell whether the prototypes rest in a step."""
+        return stride.done < self.freeze_until
+
+    def queues(self, stride: Stride) -> bool:
+        """Tell whether a step uses the queue."""
+        return stride.done >= self.queue_from
+
+
+def make_calendar(config: Config, pace: Pace) -> Calendar:
+    """Build the calendar of a resolved configuration.
+
+    Raises:
+        ConfigError: amounts of images are given, but the number of samples is not known.
+    """
+    swav = config.swav
+    pace.refuse_images("swav.freeze_prototypes_images", swav.freeze_prototypes_images)
+    pace.refuse_images("swav.queue_start_images", swav.queue_start_images)
+    freeze = pace.amount(swav.freeze_prototypes_images, FREEZE)
+    return Calendar(freeze, pace.amount(swav.queue_start_images, QUEUE_START))
+
+
+class Pretraining:
+    """Swapped prediction (paper, section 3) as what a trainer trains.
+
+    Args:
+        learner: takes the steps.
+        augment: of the crops, on the device.
+        calendar: of prototypes and queue.
+        prototypes: K.
+        device: where the learner's network is.
+    """
+
+    def __init__(
+        self,
+        learner: SwAVLearner,
+        augment: Augment,
+        calendar: Calendar,
+        *,
+        prototypes: int,
+        device: torch.device,
+    ) -> None:
+        self.learner = learner
+        self._augment, self._calendar, self._device = augment, calendar, device
+        self._used = torch.zeros(prototypes, dtype=torch.bool, device=device)
+        self._pushed: deque[int] = deque()
+
+    @property
+    def subject(self) -> nn.Module:
+        """The trunk: images [B, 3, S, S] to features [B, F]."""
+        return self.learner.module.trunk
+
+    def to_device(self, batch: Batch) -> list[Tensor]:
+        """Move the crops to the device and augment them there, resolution by resolution."""
+        counts = [len(pixels) for pixels in batch.pixels]
+        by_resolution = zip(batch.pixels, torch.split(batch.parameters, counts), strict=True)
+        return [
+            self._augment(pixels.to(self._device, non_blocking=True), parameters)
+            for pixels, parameters in by_resolution
+        ]
+
+    def step(self, tensors: Sequence[Tensor], stride: Stride) -> StepResult:
+        """Take one optimizer step on crops. Nothing is read from the device."""
+        calendar = self._calendar
+        result = self.learner.step(
+            tensors,
+            rate=stride.rate,
+            freeze_prototypes=calendar.freezes(stride),
+            use_queue=calendar.queues(stride),
+        )
+        self._used[result.scores.argmax(dim=-1).flatten()] = True
+        self._pushed.append(result.pushed)
+        # Embeddings and scores are not held on to until somebody reads the step.
+        return StepResult(result.loss, result.grad_norm, result.skipped, result.look)
+
+    def settled(self, skipped: Sequence[bool]) -> None:
+        """Take back from the queue's account what steps pushed that did not count."""
+        for each in skipped:
+            pushed = self._pushed.popleft()
+            if each:
+                self.learner.take_back(pushed)
+
+    def readings(self) -> Mapping[str, float]:
+        """Return ln K, and the share of prototypes that were some image's best since the last time."""
+        usage = float(self._used.float().mean())
+        self._used.zero_()
+        return {"ln_prototypes": math.log(len(self._used)), "prototype_usage_ratio": usage}
