@@ -20,7 +20,7 @@ from streamswav.telemetry.progress import Reporter
 from streamswav.transfer.features import Features, Preprocessing, extract
 from streamswav.transfer.knn import KnnSettings, measure_knn
 from streamswav.transfer.linear import PROTOCOL, LinearSettings, measure_linear
-from streamswav.transfer.results import DataUsed, Results, Value
+from streamswav.transfer.results import DataUsed, Results, Value, of_accuracy
 from streamswav.transfer.weights import TrunkInfo, open_trunk, untrained_trunk
 
 PROTOCOLS = ("knn", "linear")
@@ -225,11 +225,11 @@ def _measure(
         found = measure_knn(*sets, classes=classes, settings=knn, device=device)
         for k, accuracy in found.items():
             settings = {"k": k, "temperature": knn.temperature, "similarity": "cosine"}
-            yield Value(f"kNN, k = {k}", settings, column, asdict(accuracy))
+            yield of_accuracy(f"kNN, k = {k}", settings, column, accuracy)
     if "linear" in protocols:
         accuracy = measure_linear(*sets, classes=classes, settings=linear, device=device)
         settings = {**asdict(linear), "reported": "last epoch", "features": PROTOCOL}
-        yield Value("linear", settings, column, asdict(accuracy))
+        yield of_accuracy("linear", settings, column, accuracy)
 
 
 def _describe(info: TrunkInfo, features: int) -> dict[str, object]:

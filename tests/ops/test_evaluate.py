@@ -114,7 +114,7 @@ def test_json_holds_what_the_table_shows(given, tmp_path):
     file = tmp_path / "results.json"
     results = run("evaluate", [*given, "--k", "5", "--epochs", "3", "--json", str(file)])
     read = json.loads(file.read_text())
-    assert read["format_version"] == 1
+    assert read["format_version"] == 2
     assert read["model"]["step"] == 12
     assert read["data"]["train"]["images"] == 80
     assert read["seeds"] == {"untrained": 5, "linear": 0}
