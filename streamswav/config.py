@@ -65,6 +65,9 @@ class RunSection(Section):
     """Where the run lives."""
 
     directory: str = Field("", description="folder or s3:// prefix for checkpoints, configuration and logs")
+    task: Literal["pretrain", "finetune"] = Field(
+        "pretrain", description="what is trained; the command sets it"
+    )
 
 
 class StreamSection(Section):
@@ -165,8 +168,6 @@ class CropsSection(Section):
         for name, (low, high) in [*ranges, *(("scales", scale) for scale in self.scales)]:
             if low > high:
                 raise _refusal(f"crops.{name}", "the first number must not be the larger", [low, high])
-        if sum(self.counts) < 2:
-            raise _refusal("crops.counts", "swapped prediction needs at least two crops", self.counts)
         return self
 
 
@@ -187,6 +188,9 @@ class ModelSection(Section):
     head_hidden: NonNegativeInt = Field(2048, description="hidden width of the projection head; 0: one layer")
     head_batch_norm: bool = Field(True, description="BatchNorm inside the projection head")
     embedding: PositiveInt = Field(128, description="D, dimension of the embeddings")
+    init: str = Field(
+        "", description="weights that the trunk begins with: a run, a checkpoint or a file; default: none"
+    )
 
 
 class SwavSection(Section):
@@ -216,7 +220,11 @@ class OptimizerSection(Section):
     betas: tuple[Ratio, Ratio] = Field((0.9, 0.999), description="of AdamW")
     trust: Positive = Field(0.001, description="LARS' trust coefficient")
     warmup_images: NonNegativeInt | None = Field(None, description="images of linear warm-up")
-    schedule: Literal["cosine", "constant"] | None = Field(None, description="after the warm-up")
+    schedule: Literal["cosine", "constant", "step"] | None = Field(None, description="after the warm-up")
+    milestones: list[Ratio] = Field(
+        [0.6, 0.8], description="shares of the run at which a step schedule multiplies the rate"
+    )
+    factor: Positive = Field(0.2, description="by which it does so, each time")
     cooldown_images: NonNegativeInt = Field(
         0, description="last images, over which a constant rate falls to final_rate"
     )
@@ -309,6 +317,50 @@ class EvaluationSection(Section):
     linear_epochs: NonNegativeInt = Field(10, description="of the linear probe, over the features; 0: none")
 
 
+class FinetuneSection(Section):
+    """Supervised training of a trunk and a linear head (`streamswav finetune`); below it, 0 means none."""
+
+    mode: Literal["full", "frozen"] = Field(
+        "full", description="what is trained: trunk and head, or heads on a trunk that stays as it is"
+    )
+    test: Texts = Field([], description="labelled shards that accuracy is measured on")
+    test_split: str = Field(
+        "", description="split of labels.split to measure on; without finetune.test, of stream.urls"
+    )
+    evaluate_every: PositiveInt | None = Field(
+        None, description="passes between two measurements; default: only at the end"
+    )
+    per_class: PositiveInt | None = Field(None, description="train on so many images of each class")
+    subset: str = Field("", description="train on the keys in this file, one a line; local or s3://")
+    subset_seed: NonNegativeInt = Field(0, description="of the draw of finetune.per_class")
+    rates: list[Positive] = Field(
+        [], description="learning rates of the head; several only with a frozen trunk, side by side"
+    )
+    weight_decays: list[Annotated[float, Field(ge=0)]] = Field(
+        [], description="weight decays of the head; with a frozen trunk each with each of the rates"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="the trunk's rate times this for each residual block below the last"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the target that is spread over all classes"
+    )
+    mixup: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="a and b of the beta distribution of mixup's shares"
+    )
+    cutmix: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="a and b of the beta distribution of cutmix's shares; with mixup: by turns"
+    )
+    rand_augment: NonNegativeInt = Field(0, description="RandAugment: operations an image")
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(
+        9, description="RandAugment: their strength, 0 to 30"
+    )
+    resize: PositiveInt | None = Field(
+        None, description="shorter side of test images; default: 256/224 of the crop, small ones the crop"
+    )
+    crop: PositiveInt | None = Field(None, description="centre crop of test images; default: crops.sizes")
+
+
 class TelemetrySection(Section):
     """Logs and metrics."""
 
@@ -318,7 +370,7 @@ class TelemetrySection(Section):
 
 
 class Config(Section):
-    """The whole configuration of a pretraining run."""
+    """The whole configuration of a run."""
 
     run: RunSection = RunSection()
     stream: StreamSection = StreamSection()
@@ -333,6 +385,7 @@ class Config(Section):
     watchdog: WatchdogSection = WatchdogSection()
     labels: LabelsSection = LabelsSection()
     evaluation: EvaluationSection = EvaluationSection()
+    finetune: FinetuneSection = FinetuneSection()
     telemetry: TelemetrySection = TelemetrySection()
 
 
@@ -352,8 +405,16 @@ def load_config(
     file: Path | None = None,
     environment: Mapping[str, str] = types.MappingProxyType({}),
     arguments: Sequence[str] = (),
+    *,
+    base: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
 ) -> Config:
     """Merge file, environment and `--section.key value` arguments, later ones winning.
+
+    Args:
+        file: YAML.
+        environment: of the process.
+        arguments: of the command line.
+        base: a command's own defaults, by section; like all defaults they are not in `model_fields_set`.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, an impossible combination.
@@ -363,7 +424,30 @@ def load_config(
         _assign(merged, key, _parse(key, text))
     for key, text in _argument_items(arguments):
         _assign(merged, key, _parse(key, text))
-    return parse_config(merged)
+    if not base:
+        return parse_config(merged)
+    return _without_given(parse_config(_above(merged, base)), merged, base)
+
+
+def _above(values: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Put values over defaults; what is no section is left for validation to refuse."""
+    below = {name: dict(section) for name, section in base.items()}
+    for name, section in values.items():
+        below[name] = below.get(name, {}) | section if isinstance(section, dict) else section
+    return below
+
+
+def _without_given(
+    config: Config, values: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]]
+) -> Config:
+    """Return the configuration with only what was given beyond the base counted as set."""
+    sections = {}
+    for name, defaults in base.items():
+        section = getattr(config, name)
+        given = set(values.get(name, {}))
+        kept = section.model_fields_set - (set(defaults) - given)
+        sections[name] = type(section).model_construct(_fields_set=kept, **dict(section))
+    return config.model_copy(update=sections)
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -391,7 +475,10 @@ def check_combinations(config: Config) -> None:
     Raises:
         ConfigError: the first impossible combination found.
     """
-    _check_objective(config)
+    if config.run.task == "pretrain":
+        _check_objective(config)
+    else:
+        _check_finetune(config)
     _check_statistics(config)
     _check_grid(config)
     _check_stream(config)
@@ -401,6 +488,9 @@ def check_combinations(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     swav, batch, total = config.swav, config.training.batch, sum(config.crops.counts)
+    if total < 2:
+        reason = "swapped prediction needs at least two crops"
+        raise ConfigError("crops.counts", reason, value=config.crops.counts)
     if not swav.assigned_crops or len(set(swav.assigned_crops)) != len(swav.assigned_crops):
         raise ConfigError("swav.assigned_crops", "name each assigned crop once", value=swav.assigned_crops)
     if max(swav.assigned_crops) >= total:
@@ -409,6 +499,28 @@ def _check_objective(config: Config) -> None:
     if batch and swav.queue_length and swav.queue_length < batch:
         reason = f"shorter than the global batch ({batch}): the queue would be empty; 0 means no queue"
         raise ConfigError("swav.queue_length", reason, value=swav.queue_length)
+
+
+def _check_finetune(config: Config) -> None:
+    section, crops = config.finetune, config.crops
+    if crops.counts != [1]:
+        raise ConfigError("crops.counts", "finetuning takes one crop an image: [1]", value=crops.counts)
+    if section.mode == "full":
+        for name in ("rates", "weight_decays"):
+            if len(getattr(section, name)) > 1:
+                reason = "several heads can only share a trunk that stays as it is: finetune.mode frozen"
+                raise ConfigError(f"finetune.{name}", reason, value=getattr(section, name))
+    elif section.layer_decay != 1:
+        reason = "the trunk is frozen and has no rate"
+        raise ConfigError("finetune.layer_decay", reason, value=section.layer_decay)
+    if section.test_split and not config.labels.split:
+        reason = "needs labels.file and labels.split, which say what split a sample is in"
+        raise ConfigError("finetune.test_split", reason, value=section.test_split)
+    if config.labels.multi_label and section.label_smoothing:
+        reason = "is for one label an image, not for labels.multi_label"
+        raise ConfigError("finetune.label_smoothing", reason, value=section.label_smoothing)
+    if config.stream.follow:
+        raise ConfigError("stream.follow", "finetuning has an end: shards are not followed", value=True)
 
 
 def _check_statistics(config: Config) -> None:

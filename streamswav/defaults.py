@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from streamswav.config import Config, check_combinations, keys
 from streamswav.errors import ConfigError
 
@@ -140,7 +142,8 @@ def resolve(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
         _check_batch(batch, facts.world_size)
     _check_micro_batches(config, batch // facts.world_size)
     _choose_grid(choose, config, facts, batch)
-    _choose_objective(choose, facts, batch, distinct=distinct, total=total)
+    if config.run.task == "pretrain":
+        _choose_objective(choose, facts, batch, distinct=distinct, total=total)
     _choose_rate(choose, config, batch, total)
     _check_batch_norm(config, facts)
     choose("training.sync_batch_norm", lambda: _sync_batch_norm(config, facts))
@@ -173,9 +176,14 @@ def _standing(config: Config) -> list[Choice]:
     for key, reason in _STANDING.items():
         name, field = key.split(".")
         section = getattr(config, name)
-        if field not in section.model_fields_set:
+        if field not in section.model_fields_set and getattr(section, field) == _plain(section, field):
             found.append(Choice(key, getattr(section, field), reason))
     return found
+
+
+def _plain(section: BaseModel, field: str) -> object:
+    """Return the default of a key; a command may have one of its own."""
+    return type(section).model_fields[field].default
 
 
 def _as_begun(config: Config, begun: Config | None) -> tuple[Config, list[Choice]]:

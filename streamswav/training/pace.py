@@ -104,6 +104,8 @@ def make_pace(
         batch=0 if in_bytes else batch,
         shape=optimizer.schedule or "cosine",
         cooldown_images=optimizer.cooldown_images,
+        milestones=optimizer.milestones,
+        factor=optimizer.factor,
     )
     return Pace(schedule, total, in_bytes, bytes_per_image)
 

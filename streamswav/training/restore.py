@@ -101,15 +101,27 @@ def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int)
 
 def describe_model(config: Config) -> dict[str, Any]:
     """What a checkpoint's tensors depend on: another value is another model."""
-    return {
-        "model": config.model.model_dump(mode="json"),
+    shared = {
+        "model": config.model.model_dump(mode="json", exclude={"init"}),
+        "optimizer": {"name": config.optimizer.name},
+        "stream": {"seed": config.stream.seed},
+    }
+    if config.run.task == "finetune":
+        section = config.finetune
+        return shared | {
+            "finetune": {
+                "mode": section.mode,
+                "rates": list(section.rates),
+                "weight_decays": list(section.weight_decays),
+            },
+            "labels": {"classes": config.labels.classes},
+        }
+    return shared | {
         "swav": {
             "prototypes": config.swav.prototypes,
             "assigned_crops": config.swav.assigned_crops,
             "queue_length": config.swav.queue_length,
         },
-        "optimizer": {"name": config.optimizer.name},
-        "stream": {"seed": config.stream.seed},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from streamswav.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up, then a cosine or a constant rate with a cool-down (paper, appendix A.1).
+    """Linear warm-up, then a cosine, a constant rate with a cool-down, or steps (paper, appendix A).
 
     All amounts have one unit, images as a rule. Where the images of a run are not known, its bytes
     are: give every amount and every position in bytes, and `batch` as 0.
@@ -25,6 +26,8 @@ class Schedule:
         batch: images a step; with 0 the base rate is reached where the warm-up ends, not a step earlier.
         shape: what follows the warm-up.
         cooldown_images: with a constant rate, the last images, over which it falls linearly to `final`.
+        milestones: with steps, the shares of the run at which the rate is multiplied by `factor`.
+        factor: with steps.
 
     Raises:
         ConfigError: a cosine or a cool-down without an end.
@@ -36,11 +39,13 @@ class Schedule:
     warmup_images: int = 0
     total_images: int | None = None
     batch: int = 0
-    shape: Literal["cosine", "constant"] = "cosine"
+    shape: Literal["cosine", "constant", "step"] = "cosine"
     cooldown_images: int = 0
+    milestones: Sequence[float] = ()
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.total_images is None and self.shape == "cosine":
+        if self.total_images is None and self.shape != "constant":
             raise ConfigError("optimizer.schedule", "needs the length of the run", value=self.shape)
         if self.total_images is None and self.cooldown_images:
             reason = "needs the length of the run"
@@ -54,6 +59,9 @@ class Schedule:
             return self.base
         if self.shape == "cosine":
             return self.rate_at(_share(images - self.warmup_images, self.total_images - self.warmup_images))
+        if self.shape == "step":
+            passed = sum(images >= round(share * self.total_images) for share in self.milestones)
+            return self.base * self.factor**passed
         cooled = _share(images - (self.total_images - self.cooldown_images), self.cooldown_images)
         return self.base + (self.final - self.base) * cooled
 

@@ -104,7 +104,6 @@ def test_what_is_wrong_is_named_with_key_value_and_reason(arguments, parts):
         ({"sizes": [96], "counts": [2]}, "scales", "", "1 crops.sizes"),
         ({"aspect": (2, 1)}, "aspect", "[2.0, 1.0]", "larger"),
         ({"scales": [(0.5, 0.2), (0.1, 0.2)]}, "scales", "[0.5, 0.2]", "larger"),
-        ({"sizes": [96], "counts": [1], "scales": [(0.1, 1)]}, "counts", "[1]", "at least two"),
     ],
 )
 def test_crops_that_do_not_fit_together_are_refused_however_they_are_given(section, key, value, reason):
@@ -114,6 +113,30 @@ def test_crops_that_do_not_fit_together_are_refused_however_they_are_given(secti
         parse_config({"crops": section})
     assert str(caught.value).startswith(f"crops.{key} = {value}")
     assert reason in caught.value.reason
+
+
+ONE_CROP = {"sizes": [96], "counts": [1], "scales": [(0.1, 1)]}
+
+
+def test_swapped_prediction_needs_two_crops_and_finetuning_takes_one():
+    with pytest.raises(ConfigError, match=r"crops\.counts = \[1\]: .*at least two"):
+        parse_config({"crops": ONE_CROP})
+    assert parse_config({"run": {"task": "finetune"}, "crops": ONE_CROP}).crops.counts == [1]
+    with pytest.raises(ConfigError, match=r"crops\.counts = \[2, 6\]: .*one crop"):
+        parse_config({"run": {"task": "finetune"}})
+
+
+BASE = {"run": {"task": "finetune"}, "crops": ONE_CROP | {"flip": 0.5}, "optimizer": {"name": "sgd"}}
+
+
+def test_a_commands_own_defaults_lie_beneath_everything_and_do_not_count_as_given(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("crops: {flip: 0.25}\n")
+    config = load_config(file, {}, ["--optimizer.rate", "0.1"], base=BASE)
+    assert (config.crops.sizes, config.crops.flip, config.optimizer.name) == ([96], 0.25, "sgd")
+    assert config.crops.model_fields_set == {"flip"}
+    assert config.optimizer.model_fields_set == {"rate"}
+    assert config.run.model_fields_set == set()
 
 
 def test_a_misspelt_key_in_the_environment_is_named():

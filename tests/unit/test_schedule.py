@@ -93,3 +93,16 @@ def test_what_needs_an_end_is_refused_without_one(changes: dict[str, object], ke
     with pytest.raises(ConfigError) as error:
         Schedule(**{"base": 1.0, "shape": "constant", **changes})  # type: ignore[arg-type]
     assert error.value.key == key
+
+
+def test_a_step_schedule_multiplies_the_rate_at_its_milestones():
+    steps = Schedule(
+        base=0.02, total_images=20_000, batch=1000, shape="step", milestones=(0.6, 0.8), factor=0.2
+    )
+    rates = [steps.rate(epoch * 1000) for epoch in range(20)]
+    assert rates == pytest.approx([0.02] * 12 + [0.004] * 4 + [0.0008] * 4)
+
+
+def test_a_step_schedule_needs_an_end():
+    with pytest.raises(ConfigError, match=r"optimizer\.schedule"):
+        Schedule(base=0.1, shape="step", milestones=(0.5,), factor=0.1)
