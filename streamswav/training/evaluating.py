@@ -24,18 +24,6 @@ class Evaluator(Protocol):
         """Return shares from 0 to 1 by the probe's name, the same on all ranks; empty where it gave up."""
 
 
-class NoEvaluator:
-    """Never measures anything."""
-
-    def due(self, images: int, batch: int) -> bool:
-        """Never."""
-        return False
-
-    def measure(self, trunk: nn.Module, *, step: int, images: int) -> Mapping[str, float]:
-        """Return nothing."""
-        return {}
-
-
 @contextmanager
 def as_saved(trunk: nn.Module, ranks: Ranks) -> Iterator[nn.Module]:
     """Give the trunk in eval mode as rank 0 would save it; afterwards nothing of it has changed.
