@@ -48,6 +48,7 @@ from streamswav.training.distributed import (
     own_heartbeat,
     own_rank,
 )
+from streamswav.training.evaluating import Evaluator
 from streamswav.training.feed import Feed, Hooks
 from streamswav.training.feeding import begun_grid, build_feed, build_selection
 from streamswav.training.growth import Growth
@@ -76,6 +77,7 @@ class Program:
         parts: returns what crops the images, if not as pretraining does, and what tells their labels.
         finish: returns what the summary says beside what each one does, given the steps and images of the
             run that is done.
+        evaluator: returns what measures the run while it is trained.
     """
 
     resolve: Callable[[Config, Facts, Ranks], tuple[Config, list[Choice]]]
@@ -83,6 +85,7 @@ class Program:
     prepare: Callable[[Config, Ranks, Store, Reporter], Config] = lambda config, *_: config
     parts: Callable[[Run], tuple[MultiCrop | None, Labels | None]] = lambda _: (None, None)
     finish: Callable[[Run, Task, int, int], Mapping[str, Any]] = lambda *_: {}
+    evaluator: Callable[[Run, Drain], Evaluator | None] = lambda *_: None
 
 
 def run_training(config: Config, drain: Drain, program: Program) -> dict[str, Any]:
@@ -284,6 +287,7 @@ def _build_trainer(
         open_steps=OpenSteps(config.training, task, feed),
         step=restored.step if restored else 0,
         images_limit=config.training.images,
+        evaluator=program.evaluator(run, drain),
     )
     return trainer, feed, task
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 PREFIX = "streamswav"
 RUN_STATES = ("init", "training", "waiting", "evaluating", "checkpoint", "draining", "done", "failed")
-PHASES = ("data_wait", "h2d", "forward_backward", "checkpoint", "other")
+PHASES = ("data_wait", "h2d", "forward_backward", "checkpoint", "evaluation", "other")
 STAGES = ("fetch", "parse", "decode", "collate")
 SAMPLE_OUTCOMES = ("trained", "excluded", "filtered", "quarantined", "skipped_step")
 REQUEST_OUTCOMES = ("ok", "throttled", "error", "timeout")

@@ -82,10 +82,22 @@ class Monitor:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Account the time within to the checkpoint."""
-        self.metrics.set_state("checkpoint")
-        with self.phase("checkpoint"), self._watchdog.within("checkpoint"):
+        with self._within("checkpoint", "checkpoint"), self._watchdog.within("checkpoint"):
             yield
-        self.metrics.set_state(self._state)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Account the time within to the evaluation."""
+        with self._within("evaluating", "evaluation"), self._watchdog.within("evaluation"):
+            yield
+
+    def measured(self, scores: Mapping[str, float], *, step: int, images: int) -> None:
+        """Tell what was measured of the trunk: shares from 0 to 1 by the probe's name."""
+        for name, share in scores.items():
+            self.metrics.probe_accuracy.labels(name).set(share)
+        if scores:
+            shown = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
+            self._reporter.event("probe", shown, step=step, images=images, **scores)
 
     def stepped(self, batch: Batch, result: StepResult, *, step: int, images: int, rate: float) -> None:
         """Record one step."""
@@ -231,6 +243,13 @@ class Monitor:
         """Record what runs."""
         self.metrics.run_info.info(dict(about))
         self.metrics.stream_shards.labels("manifest").set(len(manifest.shards))
+
+    @contextmanager
+    def _within(self, state: str, phase: str) -> Iterator[None]:
+        self.metrics.set_state(state)
+        with self.phase(phase):
+            yield
+        self.metrics.set_state(self._state)
 
     def _enter(self, state: str) -> None:
         self._state = state

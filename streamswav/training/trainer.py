@@ -13,6 +13,7 @@ from streamswav.errors import (
     UnavailableError,
 )
 from streamswav.loader import Batch
+from streamswav.training.evaluating import Evaluator
 from streamswav.training.feed import Feed
 from streamswav.training.monitor import Monitor
 from streamswav.training.open_steps import SUSPICIOUS, OpenSteps, refuse_unbounded
@@ -41,10 +42,12 @@ class Trainer:
         open_steps: OpenSteps,
         step: int,
         images_limit: int | None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         self._task, self._feed, self._pace = task, feed, pace
         self._saver, self._monitor, self._images_limit = saver, monitor, images_limit
-        self._open_steps = open_steps
+        self._open_steps, self._evaluator = open_steps, evaluator
+        self._evaluated = -1
         self.step = step
 
     def train(self) -> None:
@@ -55,6 +58,8 @@ class Trainer:
             StreamswavError: what made it impossible to go on; the last checkpoint stands.
         """
         feed, monitor = self._feed, self._monitor
+        if self.step == 0:
+            self._evaluate()
         for batch in self._batches():
             stride = self._pace.stride(feed.seen, feed.seen_bytes)
             with monitor.phase("h2d"):
@@ -67,17 +72,31 @@ class Trainer:
             monitor.stepped(batch, result, step=self.step, images=feed.seen, rate=stride.rate)
             if feed.log_agreed or feed.save_agreed or result.look:
                 self._look(stride.rate)
+            if self._evaluator and self._evaluator.due(feed.seen, feed.position.grid.batch):
+                self._evaluate()
             if feed.save_agreed:
                 self._save()
         if feed.drained:
             monitor.draining()
         self._look(self._rate, last=not feed.drained)
+        if not feed.drained:
+            self._evaluate()
         saved = self._save(wait=True, last=True)
         if feed.drained:
             since = "" if saved else "; the last steps were not finite: it begins again before them"
             raise DrainedError(
                 f"drained after a signal at step {self.step}: the same command continues{since}"
             )
+
+    def _evaluate(self) -> None:
+        """Measure what is trained, once a step at most; every rank must call this after the same step."""
+        if self._evaluator is None or self._evaluated == self.step:
+            return
+        step, images = self.step, self._feed.seen
+        self._evaluated = step
+        with self._monitor.evaluating():
+            scores = self._evaluator.measure(self._task.subject, step=step, images=images)
+        self._monitor.measured(scores, step=step, images=images)
 
     def idle(self, idle: bool) -> None:
         """Save before a wait for new shards that may be long; every rank is called after the same step."""
