@@ -122,6 +122,10 @@ class StorageSection(Section):
     block_bytes: PositiveInt = Field(4 << 20, description="bytes of one ranged read")
     deadline_seconds: Positive = Field(300.0, description="how long transient failures are retried")
     timeout_seconds: Positive = Field(30.0, description="connect and read timeout of one request")
+    cache: str = Field(
+        "", description="folder on a local disk that keeps blocks of remote shards; default: none"
+    )
+    cache_bytes: PositiveInt = Field(100 << 30, description="most bytes in that folder, of all processes")
 
 
 class LoaderSection(Section):
@@ -482,6 +486,7 @@ def check_combinations(config: Config) -> None:
     _check_statistics(config)
     _check_grid(config)
     _check_stream(config)
+    _check_cache(config)
     _check_labels(config)
     _check_evaluation(config)
 
@@ -550,6 +555,12 @@ def _check_stream(config: Config) -> None:
     if stream.follow and config.optimizer.schedule == "cosine" and not config.training.images:
         reason = "a followed stream has no end to anneal to: use constant, or give training.images"
         raise ConfigError("optimizer.schedule", reason, value="cosine")
+
+
+def _check_cache(config: Config) -> None:
+    cache = config.storage.cache
+    if "://" in cache.removeprefix("file://"):
+        raise ConfigError("storage.cache", "must be a folder on a disk of this machine", value=cache)
 
 
 def _check_labels(config: Config) -> None:

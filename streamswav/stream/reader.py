@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from streamswav.config import LoaderSection, StorageSection, StreamSection
 from streamswav.errors import ChangedError, NotFoundError
+from streamswav.stream.cache import check_cache, open_cache
+from streamswav.stream.cached import CachedReads
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.memory import Answer, Shelf, share_memory
 from streamswav.stream.pieces import Piece
@@ -45,6 +47,7 @@ class ShardReader:
         memory: bytes of blocks and windows of one process; where lanes are many, both shrink to it.
         lanes: that will stay open in a process.
         window: samples of a window.
+        crossed: it comes from another process, which has looked whether the cache can be used.
 
     Attributes:
         manifest: the shards; it may grow.
@@ -52,7 +55,8 @@ class ShardReader:
         fetch_seconds: time that the reading thread waited for bytes.
 
     Raises:
-        ConfigError: the memory does not do for these lanes; it says how much would.
+        ConfigError: the memory does not do for these lanes (it says how much would); or nothing can be kept
+            in `storage.cache`.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class ShardReader:
         memory: int = _MEMORY,
         lanes: int = 1,
         window: int = _WINDOW,
+        crossed: bool = False,
     ) -> None:
         self.manifest, self._storage = manifest, storage
         self._read_ahead, self._requests, self._memory = read_ahead, requests, memory
@@ -72,6 +77,8 @@ class ShardReader:
         self._begun: dict[tuple[int, int], list[_Blocks]] = {}
         self._traffic: deque[tuple[str, int]] = deque()
         self.fetch_seconds = 0.0
+        if not crossed:
+            check_cache(storage)
         self.share_among(lanes, window)
 
     def __reduce__(self) -> tuple[Callable[..., ShardReader], tuple[object, ...]]:
@@ -79,12 +86,20 @@ class ShardReader:
         limits |= {"lanes": self._lanes, "window": self._window}
         return _make_reader, (self.manifest, self._storage, limits)
 
+    @property
+    def block(self) -> int:
+        """Bytes of one ranged read."""
+        return self._shares.block
+
     def digest(self, shard: int) -> int:
         """Return the shard's identity, 64 bits."""
         return self.manifest.shards[shard].digest
 
     def take_traffic(self) -> list[tuple[str, int]]:
-        """Return (outcome, bytes received) of every request since the last call."""
+        """Return (outcome, bytes received) of every request since the last call.
+
+        With a cache there are reads of it among them, as `cache_hit` and `cache_miss`, without bytes.
+        """
         return [self._traffic.popleft() for _ in range(len(self._traffic))]
 
     def share_among(self, lanes: int, window: int = _WINDOW) -> int:
@@ -105,6 +120,8 @@ class ShardReader:
             read_ahead=self._read_ahead,
             requests=self._requests,
         )
+        if self._storage.cache:  # the same blocks for lanes of about the same number
+            self._shares = replace(self._shares, block=1 << (self._shares.block.bit_length() - 1))
         self.shelf = Shelf(self._shares.held, self._shares.ahead, self._read_again)
         self._begun.clear()
         return self._shares.block
@@ -138,12 +155,14 @@ class ShardReader:
 
     def _blocks(self, shard: int, start: int) -> _Blocks:
         source, length, size = self._connect(), self._shares.block, self.manifest.shards[shard].size
-        version = source.version(shard)
+        version, aligned = source.version(shard), start // length * length
 
         def fetch(at: int) -> Future[bytes]:
-            return source.pool.submit(source.read, shard, at, min(at + length, size), version)
+            stop = min(at + length, size)
+            return source.pool.submit(source.read, shard, max(at, start), stop, version)
 
-        return _Blocks(fetch, range(start, size, length), ahead=self._shares.read_ahead, version=version)
+        # Cut at the same places wherever it begins: else what is cached would not fit the next time.
+        return _Blocks(fetch, range(aligned, size, length), ahead=self._shares.read_ahead, version=version)
 
     def _read_again(self, shard: int, sample: TarSample) -> Answer:
         source = self._connect()
@@ -152,7 +171,9 @@ class ShardReader:
 
     def _connect(self) -> _Source:
         if self._source is None:
-            self._source = _Source(self, Store(self._storage, on_request=self._record), self._requests)
+            store = Store(self._storage, on_request=self._record)
+            reads = CachedReads(store, open_cache(self._storage), self._record)
+            self._source = _Source(self, store, reads, self._requests)
         return self._source
 
     def _timed(self, wait: Callable[[], Fetched]) -> Fetched:
@@ -162,16 +183,16 @@ class ShardReader:
         finally:
             self.fetch_seconds += time.perf_counter() - began
 
-    def _record(self, outcome: str, _: float, received: int) -> None:
+    def _record(self, outcome: str, _: float = 0.0, received: int = 0) -> None:
         self._traffic.append((outcome, received))
 
 
 class _Source:
     """This process' client, its threads, and the newer versions of shards that were redacted."""
 
-    def __init__(self, reader: ShardReader, store: Store, requests: int) -> None:
+    def __init__(self, reader: ShardReader, store: Store, reads: CachedReads, requests: int) -> None:
         self.pool = ThreadPoolExecutor(requests, thread_name_prefix="read-ahead")
-        self._reader, self._store = reader, store
+        self._reader, self._store, self._reads = reader, store, reads
         self._versions: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -181,7 +202,8 @@ class _Source:
 
     def read(self, shard: int, start: int, stop: int, version: str) -> bytes:
         """Return the bytes [start, stop) of this version."""
-        return self._store.read_range(self._reader.manifest.shards[shard].url, start, stop, version=version)
+        listed = self._reader.manifest.shards[shard]
+        return self._reads.read(listed, start, stop, version=version, block=self._reader.block)
 
     def read_sample(self, shard: int, sample: TarSample) -> TarSample | Damage:
         """Read a sample that is known by its place, or tell why it cannot be read any more."""
@@ -268,4 +290,4 @@ class _Blocks:
 
 
 def _make_reader(manifest: Manifest, storage: StorageSection, limits: dict[str, int]) -> ShardReader:
-    return ShardReader(manifest, storage, **limits)
+    return ShardReader(manifest, storage, **limits, crossed=True)

@@ -86,6 +86,9 @@ class Metrics:
             "s3_requests", "Requests behind rank 0's batches, every attempt", "outcome"
         )
         self.s3_received_bytes = self._counter("s3_received_bytes", "Bytes received for rank 0's batches")
+        self.cache_reads = self._counter(
+            "cache_reads", "Reads behind rank 0's batches that storage.cache could answer", "outcome"
+        )
         self.stage_seconds = self._counter("stage_seconds", "Time of the loader processes by stage", "stage")
         self.stream_shards = self._gauge("stream_shards", "Shards in the manifest, and those lost", "state")
         self._begin()
@@ -114,6 +117,7 @@ class Metrics:
             (self.stage_seconds, STAGES),
             (self.samples, SAMPLE_OUTCOMES),
             (self.s3_requests, REQUEST_OUTCOMES),
+            (self.cache_reads, ("hit", "miss")),
             (self.checkpoints, ("ok", "failed", "delayed")),
             (self.checkpoint_copies, ("ok", "failed")),
             (self.checkpoint_duration, ("stage", "upload")),

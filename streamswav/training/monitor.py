@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from streamswav.loader import Batch
+from streamswav.stream.cached import CACHE_OUTCOMES
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver
 from streamswav.telemetry.metrics import Metrics
@@ -119,6 +120,9 @@ class Monitor:
         for stage, seconds in batch.seconds.items():
             metrics.stage_seconds.labels(stage).inc(seconds)
         for outcome, received in batch.traffic:
+            if outcome in CACHE_OUTCOMES:
+                metrics.cache_reads.labels(outcome.removeprefix("cache_")).inc()
+                continue
             metrics.s3_requests.labels(outcome).inc()
             metrics.s3_received_bytes.inc(received)
         self._stepped, self._trained = now, images
