@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,14 +157,15 @@ class Labels:
         return number
 
 
-def load_labels(section: LabelsSection, store: Store, *, split: str = "") -> Labels:
+def load_labels(section: LabelsSection, store: Store, *, split: str | Sequence[str] = "") -> Labels:
     """Read what the configuration says of labels.
 
     Args:
         section: says where they are.
         store: how files are reached.
         split: only samples of this split have a label: `train`, `val`, `test` stand for what the section
-            calls them, anything else for itself. Without a column of splits all samples are in every split.
+            calls them, anything else, and a list, for itself. Without a column of splits all samples are in
+            every split.
 
     Raises:
         ConfigError: a table or a list of names that cannot be understood, with the line.
@@ -183,7 +184,9 @@ def load_labels(section: LabelsSection, store: Store, *, split: str = "") -> Lab
     return Labels(known, names, multi, section.member, section.separator)
 
 
-def _split_values(section: LabelsSection, split: str) -> tuple[str, ...]:
+def _split_values(section: LabelsSection, split: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(split, str):
+        return tuple(split)
     known = {"": [], "train": section.train_split, "val": section.val_split, "test": section.test_split}
     return tuple(known.get(split, [split]))
 
