@@ -16,11 +16,14 @@ from streamswav.models.recompute import recompute
 
 
 @dataclass(frozen=True)
-class _Architecture:
+class Architecture:
     """What tells one residual network from another.
 
-    `depths` are the blocks of each stage (the smallest trunk has no fourth one); `group_width` counts
-    channels at 64 planes.
+    Attributes:
+        block: class of the residual blocks.
+        depths: blocks of each stage; the smallest trunk has no fourth one.
+        groups: of the 3x3 convolutions of bottlenecks.
+        group_width: channels of a group at 64 planes.
     """
 
     block: type[nn.Module]
@@ -29,20 +32,20 @@ class _Architecture:
     group_width: int = 64
 
 
-_ARCHITECTURES = {
-    "resnet8": _Architecture(BasicBlock, (1, 1, 1, 0)),
-    "resnet10": _Architecture(BasicBlock, (1, 1, 1, 1)),
-    "resnet18": _Architecture(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": _Architecture(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": _Architecture(Bottleneck, (3, 4, 6, 3)),
-    "resnet101": _Architecture(Bottleneck, (3, 4, 23, 3)),
-    "resnet152": _Architecture(Bottleneck, (3, 8, 36, 3)),
-    "resnext50_32x4d": _Architecture(Bottleneck, (3, 4, 6, 3), 32, 4),
-    "resnext101_32x4d": _Architecture(Bottleneck, (3, 4, 23, 3), 32, 4),
-    "resnext101_32x8d": _Architecture(Bottleneck, (3, 4, 23, 3), 32, 8),
-    "resnext101_32x16d": _Architecture(Bottleneck, (3, 4, 23, 3), 32, 16),
-    "resnext101_32x32d": _Architecture(Bottleneck, (3, 4, 23, 3), 32, 32),
-    "resnext101_32x48d": _Architecture(Bottleneck, (3, 4, 23, 3), 32, 48),
+ARCHITECTURES = {
+    "resnet8": Architecture(BasicBlock, (1, 1, 1, 0)),
+    "resnet10": Architecture(BasicBlock, (1, 1, 1, 1)),
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Architecture(Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": Architecture(Bottleneck, (3, 4, 6, 3), 32, 4),
+    "resnext101_32x4d": Architecture(Bottleneck, (3, 4, 23, 3), 32, 4),
+    "resnext101_32x8d": Architecture(Bottleneck, (3, 4, 23, 3), 32, 8),
+    "resnext101_32x16d": Architecture(Bottleneck, (3, 4, 23, 3), 32, 16),
+    "resnext101_32x32d": Architecture(Bottleneck, (3, 4, 23, 3), 32, 32),
+    "resnext101_32x48d": Architecture(Bottleneck, (3, 4, 23, 3), 32, 48),
 }
 
 _STEMS = {"imagenet": (7, 2), "small": (3, 1), "strided": (3, 2)}
@@ -62,7 +65,7 @@ class Trunk(ResNet):  # type: ignore[misc]  # torchvision carries no types
             checkpointing): about a third more computing, a fraction of the memory.
     """
 
-    def __init__(self, architecture: _Architecture, *, planes: int, stem: str) -> None:
+    def __init__(self, architecture: Architecture, *, planes: int, stem: str) -> None:
         # Not ResNet's constructor: it would first build, and fill, a network 64 planes wide.
         nn.Module.__init__(self)
         self._norm_layer = nn.BatchNorm2d
@@ -112,9 +115,9 @@ def build_trunk(section: ModelSection) -> Trunk:
     Raises:
         ConfigError: an unknown `model.trunk`; a `model.width` that leaves a group without channels.
     """
-    architecture = _ARCHITECTURES.get(section.trunk)
+    architecture = ARCHITECTURES.get(section.trunk)
     if architecture is None:
-        close = difflib.get_close_matches(section.trunk, _ARCHITECTURES, n=1, cutoff=0)
+        close = difflib.get_close_matches(section.trunk, ARCHITECTURES, n=1, cutoff=0)
         raise ConfigError("model.trunk", "there is no such trunk", value=section.trunk, nearest=close[0])
     planes = round(64 * section.width)
     if planes * architecture.group_width < 64:

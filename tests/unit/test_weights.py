@@ -1,6 +1,6 @@
-"""Weights: a trunk comes out of a checkpoint whole, or not at all."""
+"""Weights: a trunk comes out of a checkpoint of this trainer whole, or not at all."""
 
-import builtins
+import shutil
 
 import pytest
 import torch
@@ -8,10 +8,9 @@ from tiny_run import PROTOTYPES, save_tiny_run, tiny_config
 
 from streamswav.config import dump_config
 from streamswav.errors import CheckpointError
-from streamswav.models import build_network, build_trunk, to_reference_layout
-from streamswav.training.checkpoint import pack
+from streamswav.models import build_network
 from streamswav.transfer import load_trunk
-from streamswav.transfer.weights import Layout, open_trunk, recognise, untrained_trunk
+from streamswav.transfer.weights import open_network, open_trunk, untrained_trunk
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -51,27 +50,84 @@ def test_info_tells_step_images_and_configuration(run):
     assert (info.url, info.step, info.images, info.config) == (url, 12, 3072, tiny_config())
 
 
+def test_the_report_counts_what_was_taken_and_what_was_not(run):
+    _, url = save_tiny_run(run)
+    _, info = open_trunk(run)
+    assert info.layout == "streamswav"
+    assert info.report.beside == {"head": 9, "prototypes": 1}
+    assert (info.report.missing, info.report.left_over, info.report.cast) == ((), {}, {})
+    assert str(info.report).startswith("resnet10 at width 0.125 with the small stem, all 72 tensors")
+
+
 def test_weights_of_another_width_are_refused_with_both_shapes(run):
     wider = dump_config(tiny_config(width=0.25)).encode()
     message = refusal(run, change=lambda files: files.update({"config.yaml": wider}))
-    assert "another trunk" in message
-    assert "conv1.weight (and" in message
-    assert "should be [16, 3, 3, 3], is [8, 3, 3, 3]" in message
+    assert "not the resnet10 at width 0.25 with the small stem of its config.yaml" in message
+    assert "60 of 60 tensors of another shape, first conv1.weight" in message
+    assert "should be [16, 3, 3, 3] and is [8, 3, 3, 3]" in message
 
 
 def test_a_missing_tensor_is_named(run):
     message = refusal(run, change_state=lambda state: state.pop("trunk.layer2.0.conv1.weight"))
-    assert message.endswith("lacks layer2.0.conv1.weight")
+    assert message.endswith("1 of 60 tensors missing, first layer2.0.conv1.weight")
 
 
 def test_a_tensor_too_many_is_named(run):
-    message = refusal(run, change_state=lambda state: state.update({"trunk.fc.weight": torch.ones(1)}))
-    assert message.endswith("has no place for fc.weight")
+    message = refusal(run, change_state=lambda state: state.update({"trunk.conv9.weight": torch.ones(1)}))
+    assert message.endswith("1 too many, first conv9.weight")
 
 
-def test_a_tensor_outside_the_network_is_not_passed_over(run):
-    message = refusal(run, change_state=lambda state: state.update({"teacher.conv1.weight": torch.ones(1)}))
-    assert "teacher.conv1.weight" in message
+@pytest.mark.parametrize("name", ["teacher.conv1.weight", "trunk.fc.weight"])
+def test_a_tensor_outside_the_network_is_not_passed_over(run, name):
+    message = refusal(run, change_state=lambda state: state.update({name: torch.ones(1)}))
+    assert message.endswith(f"{name} belongs to no network that is known here")
+
+
+def test_the_network_is_the_whole_one(run):
+    network, _ = save_tiny_run(run)
+    opened, info = open_network(run)
+    assert not opened.training
+    for own, theirs in zip(opened([IMAGES]), network([IMAGES]), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=0)
+    assert info.config == tiny_config()
+
+
+def test_a_network_whose_head_is_not_its_configurations_is_refused(run):
+    other = dump_config(tiny_config(head_hidden=32)).encode()
+    save_tiny_run(run, change=lambda files: files.update({"config.yaml": other}))
+    assert open_trunk(run)[1].config.model.head_hidden == 32
+    with pytest.raises(CheckpointError, match=r"projection_head\.0\.weight is not that of"):
+        open_network(run)
+
+
+def test_a_finetuned_checkpoint_gives_its_trunk_and_has_no_prototypes(run):
+    def finetune(state):
+        for name in [name for name in state if not name.startswith("trunk.")]:
+            del state[name]
+        state.update({"head.weight": torch.zeros(4, 64), "head.bias": torch.zeros(4)})
+
+    network, _ = save_tiny_run(run, change_state=finetune)
+    trunk, info = open_trunk(run)
+    torch.testing.assert_close(trunk(IMAGES), network.trunk(IMAGES), rtol=0, atol=0)
+    assert info.report.beside == {"head": 2}
+    with pytest.raises(CheckpointError, match="no projection head with prototypes"):
+        open_network(run)
+
+
+def test_model_pt_itself_stands_for_its_checkpoint(run):
+    network, url = save_tiny_run(run, config=tiny_config(stem="strided"))
+    trunk, info = open_trunk(f"{url}/model.pt")
+    assert (info.step, info.config.model.stem) == (12, "strided")
+    torch.testing.assert_close(trunk(IMAGES), network.trunk(IMAGES), rtol=0, atol=0)
+
+
+def test_model_pt_taken_out_of_its_folder_is_read_as_a_file_that_says_less(run, tmp_path):
+    network, url = save_tiny_run(run)
+    shutil.copy(f"{url}/model.pt", tmp_path / "alone.pt")
+    trunk, info = open_trunk(str(tmp_path / "alone.pt"))
+    assert (info.step, info.images, info.layout) == (None, None, "streamswav")
+    assert "the stride of the 3x3 stem is not seen" in str(info.report)
+    torch.testing.assert_close(trunk(IMAGES), network.trunk(IMAGES), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "config.yaml"])
@@ -85,50 +141,15 @@ def test_a_configuration_of_another_version_is_refused(run):
     assert "model.attention" in message
 
 
-def test_a_folder_without_checkpoints_is_refused(tmp_path):
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load_trunk(str(tmp_path))
 
 
-def network_state():
-    return build_network(tiny_config().model, prototypes=PROTOTYPES).state_dict()
-
-
-@pytest.mark.parametrize(
-    ("content", "layout"),
-    [
-        (lambda: {"network": network_state(), "optimizer": {}}, Layout.CHECKPOINT_FILE),
-        (lambda: to_reference_layout(network_state()), Layout.PUBLISHED),
-        (lambda: {"state_dict": to_reference_layout(network_state()), "epoch": 800}, Layout.PUBLISHED),
-        (lambda: build_trunk(tiny_config().model).state_dict(), Layout.TORCHVISION),
-        (lambda: {"encoder.0.weight": torch.ones(2)}, Layout.TENSORS),
-        (lambda: [1, 2, 3], Layout.OTHER),
-    ],
-)
-def test_a_single_file_is_told_by_its_tensors_and_refused_by_what_it_is(tmp_path, content, layout):
-    path = tmp_path / "weights.pth.tar"
-    path.write_bytes(pack(content()))
-    assert recognise(path.read_bytes()) is layout
-    with pytest.raises(CheckpointError) as caught:
-        load_trunk(str(path))
-    assert layout.value in str(caught.value)
-
-
-class RunsCode:
-    def __reduce__(self):
-        return builtins.exec, ("import builtins; builtins.was_run = True",)
-
-
-def test_a_file_with_code_is_refused_and_not_executed(tmp_path):
-    (tmp_path / "weights.pt").write_bytes(pack({"conv1.weight": torch.ones(1), "trap": RunsCode()}))
-    with pytest.raises(CheckpointError, match=r"weights\.pt: no file of tensors"):
-        load_trunk(str(tmp_path / "weights.pt"))
-    assert not hasattr(builtins, "was_run")
-
-
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", pack({"a": torch.ones(9)})[:-200]])
-def test_a_file_that_is_no_archive_is_unreadable(data):
-    assert recognise(data) is Layout.UNREADABLE
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.pth: there is neither a checkpoint nor a file"):
+        load_trunk(tmp_path / "none.pth")
 
 
 def test_the_untrained_trunk_is_the_one_a_run_begins_with():
