@@ -123,7 +123,7 @@ def _check_writable(url: str, store: Store) -> None:
 
 
 def _knn_settings(args: argparse.Namespace) -> KnnSettings:
-    return KnnSettings(tuple(args.k) if args.k else None, args.temperature)
+    return KnnSettings(tuple(args.k) if args.k else None, tuple(args.temperature))
 
 
 def _linear_settings(args: argparse.Namespace) -> LinearSettings:
@@ -154,7 +154,7 @@ def _add_knn(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="neighbours that vote (default: 20 200 where they fit)",
     )
-    add("--temperature", type=_positive, default=_KNN.temperature, help="of a vote's weight")
+    add("--temperature", nargs="+", type=_positive, default=_KNN.temperatures, help="of a vote's weight")
 
 
 def _add_linear(parser: argparse.ArgumentParser) -> None:

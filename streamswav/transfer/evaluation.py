@@ -20,7 +20,7 @@ from streamswav.telemetry.progress import Reporter
 from streamswav.transfer.features import Features, Preprocessing, extract
 from streamswav.transfer.knn import KnnSettings, measure_knn
 from streamswav.transfer.linear import PROTOCOL, LinearSettings, measure_linear
-from streamswav.transfer.results import DataUsed, Results, Value, of_accuracy
+from streamswav.transfer.results import DataUsed, Results, Value, to_value
 from streamswav.transfer.weights import TrunkInfo, open_trunk, untrained_trunk
 
 PROTOCOLS = ("knn", "linear")
@@ -223,13 +223,15 @@ def _measure(
     sets = (features[0], train_labels, features[1], test_labels)
     if "knn" in protocols:
         found = measure_knn(*sets, classes=classes, settings=knn, device=device)
-        for k, accuracy in found.items():
-            settings = {"k": k, "temperature": knn.temperature, "similarity": "cosine"}
-            yield of_accuracy(f"kNN, k = {k}", settings, column, accuracy)
+        for vote, measured in found.items():
+            name = f"kNN, k = {vote.k}"
+            if len(knn.temperatures) > 1:
+                name += f", T = {vote.temperature:g}"
+            yield to_value(name, {**vote._asdict(), "similarity": "cosine"}, column, measured)
     if "linear" in protocols:
         accuracy = measure_linear(*sets, classes=classes, settings=linear, device=device)
         settings = {**asdict(linear), "reported": "last epoch", "features": PROTOCOL}
-        yield of_accuracy("linear", settings, column, accuracy)
+        yield to_value("linear", settings, column, accuracy)
 
 
 def _describe(info: TrunkInfo, features: int) -> dict[str, object]:

@@ -1,21 +1,37 @@
-"""Weighted nearest neighbours (paper, appendix B.6): exact, and in bounded memory at any size."""
+"""Weighted nearest neighbours (paper, appendix B.6): exact, in bounded memory, on one rank or many.
+
+Every rank holds its share of the training features. In rounds, all test features of the round are gathered on
+all ranks (F float32 an image), each rank finds the nearest in its share, and an image's own rank gathers and
+merges what all have found (k float32 and k int64 an image and rank) and lets the neighbours vote.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from streamswav.errors import ConfigError
-from streamswav.transfer.results import Accuracy, measure_accuracy
+from streamswav.training.distributed import Ranks
+from streamswav.transfer.exchange import all_rows, rows_to
+from streamswav.transfer.neighbours import Blocks, find_neighbours, merge
+from streamswav.transfer.precision import MeanPrecision, measure_precision
+from streamswav.transfer.results import Accuracy, Hits, count_hits
 
-# 1024 x 65536 similarities are 256 MiB, and still large enough to keep a matrix product busy.
-_QUERIES_AT_ONCE = 1024
-_BANK_AT_ONCE = 65536
+# Test images of a round, on all ranks together: at 2,048 features they are 512 MiB.
+_ROUND = 65536
+_VOTES_AT_ONCE = 1 << 24
 _USUAL = (20, 200)
+
+
+class Vote(NamedTuple):
+    """Who votes, and how the votes are weighed."""
+
+    k: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -24,11 +40,11 @@ class KnnSettings:
 
     Attributes:
         neighbours: each k that is reported; None: 20 and 200, as far as there are so many training images.
-        temperature: T of a neighbour's weight, exp(cosine / T).
+        temperatures: each T of a neighbour's weight, exp(cosine / T), that is reported.
     """
 
     neighbours: tuple[int, ...] | None = None
-    temperature: float = 0.1
+    temperatures: tuple[float, ...] = (0.1,)
 
     def fit(self, images: int) -> tuple[int, ...]:
         """Return each k to report of `images` training images.
@@ -47,6 +63,10 @@ class KnnSettings:
         """Return each usual k that `images` training images are too few for."""
         return () if self.neighbours else tuple(k for k in _USUAL if k > images)
 
+    def votes(self, images: int) -> tuple[Vote, ...]:
+        """Return every k with every temperature."""
+        return tuple(Vote(k, temperature) for k in self.fit(images) for temperature in self.temperatures)
+
 
 def measure_knn(
     train: Tensor,
@@ -57,56 +77,54 @@ def measure_knn(
     classes: int,
     settings: KnnSettings,
     device: torch.device | str = "cpu",
-) -> dict[int, Accuracy]:
+    ranks: Ranks | None = None,
+    places: Tensor | None = None,
+    alive: Callable[[], object] = lambda: None,
+) -> dict[Vote, Accuracy | MeanPrecision]:
     """Classify by weighted votes of the nearest training images.
 
+    The result does not depend on the number of ranks, nor on which has which images.
+
     Args:
-        train: features [N, F]; lengths do not matter.
-        train_labels: classes [N], in 0 to C - 1.
-        test: features [M, F].
-        test_labels: classes [M]; one that is in no training image is never hit.
+        train: features [N, F], float32 or float16; lengths do not matter. With ranks: this one's share.
+        train_labels: classes [N], in 0 to C - 1; or of multi-label images [N, C]: 1, 0, or -1 (not counted).
+        test: features [M, F]; this rank's share.
+        test_labels: classes [M], of which one that is in no training image is never hit; or [M, C].
         classes: C.
-        settings: every k, and the temperature.
-        device: where similarities are computed.
+        settings: every k and temperature.
+        device: where similarities are computed; with ranks their own.
+        ranks: who share the images; a share may be empty.
+        places: int64 [N], growing: where this rank's training images are in the order of all. By default
+            the ranks' shares follow one another.
+        alive: called as the work goes on.
 
     Returns:
-        Accuracy by k.
+        On all ranks: accuracy, or with several labels an image mean average precision, by vote.
 
     Raises:
-        ConfigError: a k above N that was asked for.
+        ConfigError: a k above all N that was asked for.
     """
-    scores: dict[int, list[Tensor]] = {k: [] for k in settings.fit(len(train))}
-    for queries in _unit_parts(test, _QUERIES_AT_ONCE, device):
-        bank = _unit_parts(train, _BANK_AT_ONCE, device)
-        similarities, indices = find_neighbours(queries, bank, max(scores))
-        weights = weigh(similarities, settings.temperature)
-        voters = train_labels.to(device)[indices]
-        for k, found in scores.items():
-            found.append(count_votes(weights[:, :k], voters[:, :k], classes).cpu())
-    return {k: measure_accuracy(torch.cat(found), test_labels) for k, found in scores.items()}
-
-
-def find_neighbours(queries: Tensor, bank: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Find the k most similar rows of a bank that comes in parts.
-
-    Args:
-        queries: unit features [Q, F].
-        bank: unit features [n, F] each, at least k in all, on the same device.
-        k: how many.
-
-    Returns:
-        Cosine similarities [Q, k], best first, and indices [Q, k] into the whole bank.
-    """
-    best = queries.new_empty(len(queries), 0)
-    where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    begin = 0
-    for part in bank:
-        near = (queries @ part.T).topk(min(k, len(part)), dim=1)
-        candidates = torch.cat([best, near.values], dim=1)
-        best, chosen = candidates.topk(min(k, candidates.shape[1]), dim=1)
-        where = torch.cat([where, near.indices + begin], dim=1).gather(1, chosen)
-        begin += len(part)
-    return best, where
+    ranks = ranks or Ranks(device=torch.device(device))
+    bank = _Bank.share(train, train_labels, places, ranks)
+    votes = settings.votes(len(bank.labels))
+    blocks = Blocks.fit(sum(ranks.gather(len(test))), len(bank.labels))
+    scores: dict[Vote, list[Tensor]] = {vote: [torch.empty(0, classes)] for vote in votes}
+    hits = dict.fromkeys(votes, Hits())
+    multi = train_labels.dim() == 2
+    most = max(vote.k for vote in votes)
+    at_once = max(1, _VOTES_AT_ONCE // (classes * (most if multi else 1)))
+    for found in _rounds(bank, test, most, blocks=blocks, ranks=ranks, alive=alive):
+        for rows, similarities, voters in _in_parts(*found, at_once):
+            for vote in votes:
+                weights = weigh(similarities[:, : vote.k], vote.temperature)
+                votes_cast = count_votes(weights, bank.labels[voters[:, : vote.k]], classes)
+                if multi:
+                    scores[vote].append(votes_cast.cpu())
+                else:
+                    hits[vote] += count_hits(votes_cast, test_labels[rows].to(votes_cast.device))
+    if multi:
+        return {vote: _precision(scores[vote], test_labels, ranks) for vote in votes}
+    return {vote: _total(each, ranks).accuracy for vote, each in hits.items()}
 
 
 def weigh(similarities: Tensor, temperature: float) -> Tensor:
@@ -118,12 +136,86 @@ def weigh(similarities: Tensor, temperature: float) -> Tensor:
 
 
 def count_votes(weights: Tensor, voters: Tensor, classes: int) -> Tensor:
-    """Add up weights [Q, k] by the voters' classes [Q, k] to scores [Q, C]; -inf where nobody votes."""
+    """Add up weights [Q, k] by the voters' classes.
+
+    Args:
+        weights: of the neighbours.
+        voters: their classes [Q, k], or [Q, k, C] of multi-label images.
+        classes: C.
+
+    Returns:
+        Scores [Q, C]: -inf where nobody votes; of multi-label images the weighted share of neighbours that
+        have the class.
+    """
+    if voters.dim() == 3:
+        return (weights[:, :, None] * (voters > 0)).sum(dim=1) / weights.sum(dim=1, keepdim=True)
     votes = weights.new_zeros(len(weights), classes).scatter_add_(1, voters, weights)
     return votes.where(votes > 0, -torch.inf)
 
 
-def _unit_parts(features: Tensor, rows: int, device: torch.device | str) -> Iterator[Tensor]:
-    """Yield so many rows at a time; a normalised copy of the whole would double what is held."""
-    for part in torch.split(features, rows):
-        yield F.normalize(part.to(device), dim=1)
+@dataclass(frozen=True)
+class _Bank:
+    """This rank's training features, the index of each among all, and the labels of all, in that order."""
+
+    features: Tensor
+    indices: Tensor
+    labels: Tensor
+
+    @staticmethod
+    def share(features: Tensor, labels: Tensor, places: Tensor | None, ranks: Ranks) -> _Bank:
+        if places is None:
+            begin = sum(ranks.gather(len(features))[: ranks.rank])
+            places = torch.arange(begin, begin + len(features))
+        every, order = torch.cat(all_rows(places, ranks)).sort()
+        own = torch.searchsorted(every, places.to(every.device))
+        return _Bank(features, own, torch.cat(all_rows(labels, ranks))[order])
+
+    def nearest(
+        self, queries: Tensor, k: int, blocks: Blocks, device: torch.device, alive: Callable[[], object]
+    ) -> tuple[Tensor, Tensor]:
+        """Return similarities [Q, k] and indices among all ranks' images [Q, k]."""
+        similarities, rows = find_neighbours(
+            queries, self.features, k, blocks=blocks, device=device, alive=alive
+        )
+        there = similarities.isfinite()
+        if len(self.indices):
+            rows = rows.where(~there, self.indices[rows.where(there, 0)])
+        return similarities, rows
+
+
+def _rounds(
+    bank: _Bank, test: Tensor, k: int, *, blocks: Blocks, ranks: Ranks, alive: Callable[[], object]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield, in turn, where some of this rank's test images begin, and their neighbours.
+
+    They are similarities [q, k] and indices [q, k] among all ranks' images.
+    """
+    own = max(1, _ROUND // ranks.world_size)
+    for begin in range(0, max(ranks.gather(len(test))), own):
+        asked = all_rows(test[begin : begin + own], ranks)
+        nearest = bank.nearest(torch.cat(asked), k, blocks, ranks.device, alive)
+        counts = [len(each) for each in asked]
+        for owner, share in enumerate(zip(*(torch.split(each, counts) for each in nearest), strict=True)):
+            if not counts[owner]:
+                continue
+            near, where = (rows_to(owner, each, ranks) for each in share)
+            if owner == ranks.rank:
+                yield begin, *merge(torch.cat(near, dim=1), torch.cat(where, dim=1), k)
+        alive()
+
+
+def _in_parts(begin: int, near: Tensor, where: Tensor, most: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Cut what a round has found into parts of so many images, with the rows of each."""
+    for some, voters in zip(torch.split(near, most), torch.split(where, most), strict=True):
+        yield slice(begin, begin + len(some)), some, voters
+        begin += len(some)
+
+
+def _precision(scores: list[Tensor], labels: Tensor, ranks: Ranks) -> MeanPrecision:
+    every = torch.cat(all_rows(torch.cat(scores), ranks)).cpu()
+    wanted = torch.cat(all_rows(labels, ranks)).cpu()
+    return ranks.lead(lambda: measure_precision(every, wanted))
+
+
+def _total(hits: Hits, ranks: Ranks) -> Hits:
+    return Hits(*ranks.total([hits.top1, hits.top5, hits.images]))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from streamswav import __version__
 from streamswav.transfer.intervals import CONFIDENCE, Interval, over_seeds, wilson
 
 FORMAT_VERSION = 2
+
+
+class Measured(Protocol):
+    """Figures of one measurement."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Shares by metric."""
+
+    @property
+    def intervals(self) -> Mapping[str, Interval]:
+        """Their intervals of 95% by metric."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +180,9 @@ def name_row(protocol: str, metric: str) -> str:
     return f"{protocol}, {_METRICS.get(metric, metric)}"
 
 
-def of_accuracy(protocol: str, settings: Mapping[str, Any], column: str, accuracy: Accuracy) -> Value:
-    """Return top-1 and top-5 with Wilson's intervals."""
-    return Value(protocol, settings, column, accuracy.scores, accuracy.intervals)
+def to_value(protocol: str, settings: Mapping[str, Any], column: str, measured: Measured) -> Value:
+    """Return what was measured, with its intervals."""
+    return Value(protocol, settings, column, measured.scores, measured.intervals)
 
 
 def over_runs(

@@ -15,8 +15,8 @@ from streamswav.transfer.results import (
     Results,
     Value,
     count_hits,
-    of_accuracy,
     over_runs,
+    to_value,
 )
 from streamswav.transfer.results_file import read_results
 
@@ -30,7 +30,7 @@ def some_results(*values: Value) -> Results:
 def results() -> Results:
     runs = {0: {"top1": 0.5}, 1: {"top1": 0.6}, 2: {"top1": 0.55}}
     return some_results(
-        of_accuracy("kNN, k = 20", {"k": 20}, "checkpoint", Accuracy(0.75, 0.9, 200)),
+        to_value("kNN, k = 20", {"k": 20}, "checkpoint", Accuracy(0.75, 0.9, 200)),
         over_runs("lowshot, n = 13", {"images_per_class": 13}, "checkpoint", runs),
     )
 

@@ -1,0 +1,130 @@
+"""Average precision of multi-label classifiers: as scikit-learn has it, and with VOC07's eleven points.
+
+Both come from the same curve. Images are ranked by score, those of equal score as one step. `mAP` sums, over
+the steps, precision times the gain in recall (nothing is interpolated: scikit-learn's
+`average_precision_score`). `mAP_11` is the mean, over the recalls 0, 0.1, ..., 1, of the best precision at
+that recall or above (Everingham et al., The PASCAL visual object classes challenge, 2010, section 4.2).
+A label of -1 takes the image out of that class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamswav.transfer.intervals import CONFIDENCE, Interval
+
+BOOTSTRAP_SEED = 0
+
+_RESAMPLES = 1000
+_FEWEST = 200
+_WORK = 2_000_000_000
+_WEIGHTS_AT_ONCE = 1 << 23
+
+
+@dataclass(frozen=True)
+class MeanPrecision:
+    """Mean average precision over the classes.
+
+    Attributes:
+        mean: of all points.
+        mean_11: of VOC07's eleven.
+        images: test images.
+        classes: that have a positive test image; the mean is over them.
+        without: classes that have none.
+        intervals: by metric.
+    """
+
+    mean: float
+    mean_11: float
+    images: int
+    classes: int
+    without: int
+    intervals: dict[str, Interval]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The means by metric."""
+        return {"mAP": self.mean, "mAP_11": self.mean_11}
+
+
+def measure_precision(scores: Tensor, labels: Tensor, *, seed: int = BOOTSTRAP_SEED) -> MeanPrecision:
+    """Measure over all classes, with intervals from a bootstrap over the images.
+
+    The images are drawn anew, with replacement, 1,000 times (200 at least where there are many classes and
+    images); a class without a positive among those drawn is left out of that mean.
+
+    Args:
+        scores: float [N, C], on the CPU.
+        labels: [N, C]: 1, 0, or -1 (not counted).
+        seed: of the bootstrap.
+    """
+    images, classes = labels.shape
+    resamples = max(_FEWEST, min(_RESAMPLES, _WORK // max(1, images * classes)))
+    counts = _draw(images, resamples, seed)
+    there = [number for number in range(classes) if (labels[:, number] > 0).any()]
+    if not there:
+        return MeanPrecision(0.0, 0.0, images, 0, classes, {})
+    found = torch.stack([_of_class(scores[:, each], labels[:, each], counts) for each in there])
+    means = found.nanmean(dim=0)  # [2, 1 + resamples], the first without drawing
+    tail = (1 - CONFIDENCE) / 2
+    ends = means[:, 1:].nanquantile(torch.tensor([tail, 1 - tail], dtype=means.dtype), dim=1).T.tolist()
+    intervals = {
+        name: Interval(low, high, "bootstrap")
+        for name, (low, high) in zip(("mAP", "mAP_11"), ends, strict=True)
+    }
+    whole, eleven = means[:, 0].tolist()
+    return MeanPrecision(whole, eleven, images, len(there), classes - len(there), intervals)
+
+
+def average_precision(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return average precision of scores [N] and labels [N] by all points and by eleven.
+
+    NaN without a positive label.
+    """
+    plain = torch.ones(1, len(labels), dtype=torch.float64)
+    whole, eleven = _of_class(scores, labels, plain[:0]).squeeze(1).tolist()
+    return whole, eleven
+
+
+def _draw(images: int, resamples: int, seed: int) -> Tensor:
+    """Return how often each image is drawn, int16 [resamples, N]."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randint(images, (images,), generator=generator) for _ in range(resamples))
+    return torch.stack([torch.bincount(each, minlength=images).short() for each in drawn])
+
+
+def _of_class(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """Return both precisions [2, 1 + R] of one class: as it is, then with each row of counts [R, N]."""
+    counted = labels >= 0
+    scores, positive = scores[counted], labels[counted] > 0
+    scores, order = scores.sort(descending=True, stable=True)
+    positive = positive[order]
+    last = torch.ones(len(scores), dtype=torch.bool)
+    last[:-1] = scores[1:] != scores[:-1]
+    ends = last.nonzero().squeeze(1)
+    drawn = counts[:, counted][:, order]
+    found = [_curves(torch.ones(1, len(scores), dtype=torch.float64), positive, ends)]
+    for part in torch.split(drawn, max(1, _WEIGHTS_AT_ONCE // max(1, len(scores)))):
+        found.append(_curves(part.double(), positive, ends))
+    return torch.cat(found, dim=1)
+
+
+def _curves(weights: Tensor, positive: Tensor, ends: Tensor) -> Tensor:
+    """Return both precisions [2, R] of ranked images that count `weights` [R, n] times.
+
+    `ends` are the last images of each score.
+    """
+    taken = weights.cumsum(dim=1)[:, ends]
+    right = (weights * positive).cumsum(dim=1)[:, ends]
+    precision = right / taken.clamp(min=1)
+    recall = right / right[:, -1:]  # NaN without a positive
+    gain = recall.diff(dim=1, prepend=torch.zeros(len(recall), 1, dtype=recall.dtype))
+    best = precision.flip(1).cummax(dim=1).values.flip(1)
+    points = torch.linspace(0, 1, 11, dtype=recall.dtype).expand(len(recall), 11).contiguous()
+    # A recall of 3/10 is not to miss the point 0.3 by its last bit.
+    at = torch.searchsorted((recall + 1e-12).contiguous(), points).clamp(max=recall.shape[1] - 1)
+    eleven = best.gather(1, at).mean(dim=1).where(right[:, -1] > 0, torch.nan)
+    return torch.stack([(gain * precision).sum(dim=1), eleven])
