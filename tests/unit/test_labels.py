@@ -3,9 +3,12 @@
 import gzip
 import pickle
 import re
+import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from streamswav.config import LabelsSection, parse_config
 from streamswav.errors import ConfigError, DecodeError, NotFoundError
@@ -137,8 +140,6 @@ def test_a_gzipped_table_with_a_byte_order_mark_is_read(table):
 
 
 def test_a_parquet_table_gives_what_a_csv_table_gives(table, tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
 
     columns = {
         "key": ["d/a.jpg", "b", "c"],
@@ -156,6 +157,11 @@ def test_a_parquet_table_gives_what_a_csv_table_gives(table, tmp_path):
     assert "labels.multi_label" in refusal(table, data, label=["tags"])
     assert "there are 'key', 'label', 'tags', 'n'" in refusal(table, data, key="file")
     assert "no parquet file" in refusal(table, data[:60])
+
+
+def test_without_pyarrow_a_parquet_table_is_refused_with_what_to_install(table, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'streamswav[embed]'" in refusal(table, b"PAR1")
 
 
 @pytest.mark.parametrize(
