@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, get_worker_info
 
 from streamswav.config import StorageSection
-from streamswav.crops import centre_crop, normalise
-from streamswav.errors import DataError, DecodeError, NonFiniteError, StreamswavError
-from streamswav.processes import Failed, open_loader
-from streamswav.stream.grid import Grid
+from streamswav.errors import ManifestError
+from streamswav.stream.labels import Label, Labels
 from streamswav.stream.manifest import Manifest, list_manifest
-from streamswav.stream.pieces import Piece
-from streamswav.stream.plan import Plan, deal, split_pieces
 from streamswav.stream.reader import ShardReader
-from streamswav.stream.redaction import is_tombstone
-from streamswav.stream.samples import LaneReader, Sample
+from streamswav.stream.select import Selection
 from streamswav.stream.store import Store
+from streamswav.training.distributed import Ranks
+from streamswav.transfer.extraction import Part
+from streamswav.transfer.gathering import gather_bytes, gather_rows
+from streamswav.transfer.jobs import Job
+from streamswav.transfer.part_folder import PartFolder, Record, describe_shards
+from streamswav.transfer.part_formats import decode_part
+from streamswav.transfer.reading import Account, ImageSource, Preprocessing, Rows
+from streamswav.transfer.stretches import Stretch, first_of_each
 
-_WINDOW = 16
+__all__ = ["Features", "Preprocessing", "digest_module", "extract", "gather_features"]
 
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to an image of an evaluation.
-
-    Attributes:
-        resize: length of the shorter side in pixels.
-        crop: S, edge of the square that is then cut from the centre.
-        mean: of the normalisation, by channel, of 0 to 1.
-        std: of the normalisation.
-        max_pixels: larger images are skipped undecoded.
-        exif_orientation: turn images by their EXIF orientation.
-    """
-
-    resize: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    max_pixels: int
-    exif_orientation: bool = False
+_STRETCH_SAMPLES = 1024
+_FROM_SHARDS = Labels.from_shards()
+_ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -54,203 +40,247 @@ class Features:
 
     Attributes:
         features: float32 [N, F] on the CPU, as they leave the trunk (not normalised).
-        labels: int64 [N].
+        labels: int64 [N]; bool [N, C] where an image may have several.
         keys: N names.
         skipped: samples and unreadable stretches that were not used, by reason.
+        places: int64 [N, 2], of each image the index of its shard and its number in the shard.
     """
 
     features: Tensor
     labels: Tensor
     keys: tuple[str, ...]
     skipped: Mapping[str, int]
+    places: Tensor
 
 
-@torch.no_grad()
 def extract(
     trunk: nn.Module,
     urls: Sequence[str],
     *,
     preprocessing: Preprocessing,
     storage: StorageSection,
+    labels: Labels = _FROM_SHARDS,
+    ranks: Ranks = _ALONE,
+    keep: str = "",
     workers: int = 0,
     batch: int = 256,
     device: torch.device | str = "cpu",
     limit: int | None = None,
+    give_up: Callable[[], bool] = lambda: False,
     on_images: Callable[[int], None] = lambda _: None,
 ) -> Features:
-    """Compute the features of every labelled image once.
+    """Compute the features of every labelled image once; every rank is given those of its own share.
 
-    The result does not depend on `workers`, except for rounding.
+    Batches end with every 1024th sample of a shard, so the result depends neither on `workers` nor on the
+    number of ranks, nor on where an earlier call with the same `keep` was interrupted: not in the last bit,
+    where torch computes a batch twice alike. Only the shares depend on them.
 
     Args:
         trunk: images [B, 3, S, S] to features [B, F]; moved to `device`, used in the mode it is in.
         urls: labelled shards, in any form that the training's `stream.urls` may have.
         preprocessing: of the images.
         storage: how object storage is reached.
-        workers: processes that read and decode; 0: this one does.
-        batch: images through the trunk at once.
+        labels: tell the label of a sample; by default its `.cls` member.
+        ranks: that share the work; all call this alike.
+        keep: folder, local or s3://, for parts of 1024 samples as they are done. Those that are there are not
+            computed again. Empty: nothing is kept.
+        workers: processes of each rank that read and decode; 0: the rank does.
+        batch: images through the trunk at once, at most 1024. Another number rounds otherwise.
         device: of the trunk.
         limit: use only about so many images, the first ones of every shard.
-        on_images: called with the number of images done so far, after each batch.
+        give_up: whether to stop; asked on every rank after each batch.
+        on_images: called with the number of images that this rank has done, after each batch.
 
     Raises:
-        DataError: no sample has a label and an image that can be decoded.
+        ConfigError: `keep` holds features of something else; says what differs.
+        DrainedError: `give_up` said so on a rank.
+        ManifestError: there are no shards, or no sample has a label and an image that can be decoded.
         NonFiniteError: the trunk gives features that are not numbers.
-        ManifestError, StorageError: the shards cannot be found or read.
+        StorageError: something cannot be read or written, or a shard was replaced meanwhile.
     """
-    manifest = list_manifest(urls, Store(storage))
-    reader = ShardReader(manifest, storage, read_ahead=2)
-    plan = _deal(manifest, lanes=max(1, workers), limit=limit)
+    store = Store(storage)
+    manifest = ranks.lead(lambda: list_manifest(urls, store))
     trunk = trunk.to(device)
-    collected = _Collected()
-    with open_loader(_LabelledBatches(plan, reader, preprocessing, batch), workers=workers) as parts:
-        for part in parts:
-            if part is None:
-                continue
-            if isinstance(part, Failed):
-                raise part.error
-            collected.skipped.update(part.skipped)
-            if part.keys:
-                images = normalise(part.pixels.to(device), mean=preprocessing.mean, std=preprocessing.std)
-                collected.add(part, trunk(images).float().cpu())
-                on_images(len(collected.keys))
-    return collected.sort()
+    folder = None
+    if keep:
+        about = {
+            **describe(manifest, preprocessing, labels, Selection.none(), samples=_STRETCH_SAMPLES),
+            "trunk": ranks.lead(lambda: digest_module(trunk)),
+            "limit": limit,
+        }
+        folder = PartFolder(keep, store, about, option="keep")
+        ranks.lead(lambda: folder.begin({"what": ["features"], "layout": "npy", "batch": batch}))
+    source = ImageSource(
+        ShardReader(manifest, storage, read_ahead=2),
+        preprocessing,
+        labels,
+        labelled=True,
+        select=Selection.none(),
+        samples=_STRETCH_SAMPLES,
+    )
+    job = Job(
+        source,
+        lambda images: {"features": trunk(images).float()},
+        ranks,
+        workers=workers,
+        batch=batch,
+        device=torch.device(device),
+        stops=first_of_each(limit, len(manifest.shards)),
+        folder=folder,
+    )
+    collected = _Collected(on_images)
+    job.run(collected, give_up=give_up)
+    return collected.join(labels, ranks)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A batch of one worker: uint8 [B, S, S, 3], and for each image its label, key and place."""
+def gather_features(features: Features, ranks: Ranks) -> Features | None:
+    """Bring the shares of all ranks to rank 0, in the order of the shards.
 
-    pixels: Tensor
-    labels: tuple[int, ...]
-    keys: tuple[str, ...]
-    places: tuple[tuple[int, int], ...]
-    skipped: Mapping[str, int]
+    Rank 0 needs memory for all features, its own share and 64 MiB.
+
+    Returns:
+        Everything on rank 0, what was skipped added up; None on the others.
+    """
+    if ranks.world_size == 1:
+        return features
+    counts = ranks.gather(len(features.keys))
+    places = gather_rows(features.places, None, counts, ranks)
+    order = place = None
+    if places is not None:
+        order = _sorted(places)
+        place = order.argsort()
+    gathered = [gather_rows(each, place, counts, ranks) for each in (features.features, features.labels)]
+    lists = gather_bytes(json.dumps(features.keys).encode(), ranks)
+    skipped = sum((Counter(each) for each in ranks.gather(dict(features.skipped))), Counter[str]())
+    if places is None or order is None:
+        return None
+    keys = [key for each in lists for key in json.loads(each)]
+    values, all_labels = gathered
+    assert values is not None
+    assert all_labels is not None
+    return Features(
+        values,
+        all_labels,
+        tuple(keys[index] for index in order.tolist()),
+        dict(sorted(skipped.items())),
+        places[order],
+    )
 
 
-@dataclass(frozen=True)
-class _LabelledBatches(IterableDataset[_Part | Failed]):
-    """Reads one lane of the plan a worker; a label or an image that cannot be used is counted."""
+def describe(
+    manifest: Manifest, preprocessing: Preprocessing, labels: Labels, select: Selection, *, samples: int
+) -> dict[str, object]:
+    """Return what decides the parts of a folder, beside what computes them."""
+    return {
+        "shards": describe_shards(manifest),
+        "preprocessing": asdict(preprocessing),
+        "labels": labels.digest,
+        "selection": select.digest,
+        "part_samples": samples,
+    }
 
-    plan: Plan
-    reader: ShardReader
-    preprocessing: Preprocessing
-    batch: int
 
-    def __iter__(self) -> Iterator[_Part | Failed]:
-        worker = get_worker_info()
-        number = worker.id if worker else 0
-        lane = LaneReader(self.plan, number, self.reader.open, shelf=self.reader.shelf)
-        try:
-            while part := self._assemble(lane):
-                yield part
-        except StreamswavError as error:
-            yield Failed(error)
-
-    def _assemble(self, lane: LaneReader) -> _Part | None:
-        """Fill a batch as far as the lane goes; None once it has nothing more to tell."""
-        pixels: list[Tensor] = []
-        labels: list[int] = []
-        taken: list[Sample] = []
-        skipped: Counter[str] = Counter()
-        while len(taken) < self.batch and (sample := next(lane, None)) is not None:
-            try:
-                label = _read_label(sample)
-                pixels.append(self._crop(sample))
-            except DecodeError as error:
-                skipped[error.reason] += 1
-            else:
-                labels.append(label)
-                taken.append(sample)
-        skipped.update(damage.reason for damage in lane.take_damages())
-        if not taken and not skipped:
-            return None
-        return _Part(
-            torch.stack(pixels) if pixels else torch.empty(0, dtype=torch.uint8),
-            tuple(labels),
-            tuple(sample.key for sample in taken),
-            tuple((sample.id.shard, sample.id.ordinal) for sample in taken),
-            skipped,
-        )
-
-    def _crop(self, sample: Sample) -> Tensor:
-        if sample.image is None:
-            raise DecodeError("no_image")
-        wanted = self.preprocessing
-        return torch.from_numpy(
-            centre_crop(
-                sample.image,
-                resize=wanted.resize,
-                crop=wanted.crop,
-                max_pixels=wanted.max_pixels,
-                exif_orientation=wanted.exif_orientation,
-            )
-        )
+def digest_module(module: nn.Module) -> str:
+    """Return a short hash over the layers of a module and all its tensors."""
+    whole = hashlib.blake2b(digest_size=16)
+    for name, each in module.named_modules():
+        whole.update(f"{name} {type(each).__name__} {each.extra_repr()} {each.training}\n".encode())
+    for name, tensor in module.state_dict().items():
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 @dataclass
 class _Collected:
-    """What has come from the workers, in the order of its arrival."""
+    """The parts of a rank, in the order of their arrival."""
 
-    features: deque[Tensor] = field(default_factory=deque)
-    labels: list[int] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    on_images: Callable[[int], None]
+    parts: dict[Stretch, tuple[Tensor | None, Rows]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    images: int = 0
 
-    def add(self, part: _Part, features: Tensor) -> None:
-        self.features.append(features)
-        self.labels += part.labels
-        self.keys += part.keys
-        self.places += part.places
+    def found(self, record: Record, files: Mapping[str, bytes]) -> None:
+        rows, arrays = decode_part(files)
+        features = torch.from_numpy(arrays["features"]) if arrays else None
+        self._add(record.stretch, features, rows, record.account)
 
-    def sort(self) -> Features:
-        """Bring all to the shards' order; every batch is let go as soon as its rows are placed."""
-        if not self.keys:
-            raise DataError(_explain_nothing(self.skipped))
-        ordinals, shards = np.array(self.places).T[::-1]
-        order = np.lexsort((ordinals, shards))
-        rank = torch.from_numpy(np.argsort(order))
-        sorted_features = torch.empty(len(rank), self.features[0].shape[1])
+    def computed(self, part: Part) -> None:
+        self._add(part.stretch, part.outputs.get("features"), part.rows, part.account)
+
+    def on_batch(self, images: int) -> None:
+        self.images += images
+        if images:
+            self.on_images(self.images)
+
+    def facts(self) -> int:
+        return self.images
+
+    def on_facts(self, facts: Sequence[int]) -> None:
+        """Nothing follows from them."""
+
+    def _add(self, stretch: Stretch, features: Tensor | None, rows: Rows, account: Account) -> None:
+        self.parts[stretch] = features, rows
+        for (_, reason), count in account.passed.items():
+            self.skipped[reason] += count
+        self.skipped.update(account.damages)
+
+    def join(self, labels: Labels, ranks: Ranks) -> Features:
+        """Join the parts in the shards' order; each is let go as soon as its rows are placed.
+
+        Raises:
+            ManifestError: no rank has any.
+        """
+        stretches = sorted(self.parts)
+        rows = [self.parts[stretch][1] for stretch in stretches]
+        count = sum(map(len, rows))
+        width = max((each.shape[1] for each, _ in self.parts.values() if each is not None), default=0)
+        all_labels = [label for each in rows for label in each.labels]
+        highest = max(
+            (max(label, default=-1) for label in all_labels if isinstance(label, tuple)), default=-1
+        )
+        told = ranks.gather((count, width, highest, dict(self.skipped)))
+        if not any(each[0] for each in told):
+            raise ManifestError(_explain_nothing([each[3] for each in told], labels))
+        features = torch.empty(count, max(each[1] for each in told))
         begin = 0
-        while self.features:
-            part = self.features.popleft()
-            if not part.isfinite().all():
-                raise NonFiniteError("the trunk gives features that are not finite; its training diverged")
-            sorted_features[rank[begin : begin + len(part)]] = part
-            begin += len(part)
-        labels = torch.tensor(self.labels)[torch.from_numpy(order)]
-        keys = tuple(self.keys[index] for index in order)
-        return Features(sorted_features, labels, keys, dict(sorted(self.skipped.items())))
+        for stretch in stretches:
+            part = self.parts.pop(stretch)[0]
+            if part is not None:
+                features[begin : begin + len(part)] = part
+                begin += len(part)
+        places = [
+            (stretch.shard, ordinal)
+            for stretch, each in zip(stretches, rows, strict=True)
+            for ordinal in each.ordinals
+        ]
+        classes = labels.classes or 1 + max(each[2] for each in told)
+        return Features(
+            features,
+            _to_tensor(all_labels, classes if labels.multi else None),
+            tuple(key for each in rows for key in each.keys),
+            dict(sorted(self.skipped.items())),
+            torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
+        )
 
 
-def _deal(manifest: Manifest, *, lanes: int, limit: int | None) -> Plan:
-    """Deal the shards to the workers, cutting them by stride where there are few."""
-    sizes = [shard.size for shard in manifest.shards]
-    pieces = [Piece(index, turn=0) for index in range(len(sizes))]
-    if limit is not None:
-        pieces = _first_ones(limit, shards=len(sizes))
-    pieces, piece_sizes = split_pieces(pieces, sizes, lanes=lanes)
-    grid = Grid(batch=lanes, columns=lanes, rows=1, window=_WINDOW)
-    return deal(pieces, piece_sizes, grid=grid, seed=0, turn=0, generation=0)
+def _to_tensor(labels: Sequence[Label | None], classes: int | None) -> Tensor:
+    """Return int64 [N], or of several labels an image bool [N, C]."""
+    if classes is None:
+        return torch.tensor(labels, dtype=torch.int64)
+    hot = torch.zeros(len(labels), classes, dtype=torch.bool)
+    for row, label in zip(hot, labels, strict=True):
+        row[list(label) if isinstance(label, tuple) else []] = True
+    return hot
 
 
-def _first_ones(limit: int, *, shards: int) -> list[Piece]:
-    """Name the first samples of every shard, as evenly as `limit` allows."""
-    shares = ((index + 1) * limit // shards - index * limit // shards for index in range(shards))
-    return [Piece(index, turn=0, done=~((1 << share) - 1)) for index, share in enumerate(shares) if share]
+def _sorted(places: Tensor) -> Tensor:
+    """Return the order in which places grow."""
+    by_ordinal = places[:, 1].argsort(stable=True)
+    return by_ordinal[places[by_ordinal, 0].argsort(stable=True)]
 
 
-def _read_label(sample: Sample) -> int:
-    label = sample.label
-    if label is None:
-        raise DecodeError("redacted" if is_tombstone(sample.members) else "no_label")
-    if not isinstance(label, int) or label < 0:
-        raise DecodeError("label_not_a_class_number")
-    return label
-
-
-def _explain_nothing(skipped: Mapping[str, int]) -> str:
-    counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "there are no samples"
-    needed = "a labelled sample has a .cls member that holds its class number, as webdataset writes it"
-    return f"no image to evaluate with ({counts}); {needed}"
+def _explain_nothing(skipped: Sequence[Mapping[str, int]], labels: Labels) -> str:
+    total = sum((Counter(each) for each in skipped), Counter[str]())
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(total.items()))
+    return f"no image to evaluate with ({counts or 'there are no samples'}); {labels.needed}"
