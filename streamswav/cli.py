@@ -17,12 +17,13 @@ from typing import Any
 from streamswav import __version__
 from streamswav.arguments import Parser
 from streamswav.config import Config, dump_config, load_config
+from streamswav.defaults import FINETUNE_BASE
 from streamswav.drain import drain_on_signals
 from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
 from streamswav.heartbeat import FOLDER_VARIABLE, attach
 
 _INTERRUPTED = 130
-_WITH_RANKS = ("pretrain", "cooldown")
+_WITH_RANKS = ("pretrain", "cooldown", "finetune")
 
 _OF_MODULES = {
     "audit": ("audit", "audit", "account for every sample of a run, trained or not"),
@@ -85,17 +86,26 @@ def _build_parser(command: str) -> Parser:
     parser = Parser(prog="streamswav", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"streamswav {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    pretrain = _add_command(commands, "pretrain", _pretrain, "train a trunk on tar shards, in one pass")
+    pretrain = _add_command(commands, "pretrain", _train, "train a trunk on tar shards, in one pass")
     pretrain.formatter_class = argparse.RawDescriptionHelpFormatter
     pretrain.epilog = _PRETRAIN_HELP
     pretrain.add_argument("--print-config", action="store_true", help="show the configuration and end")
+    finetune = _add_command(
+        commands, "finetune", _train, "train trunk and head on labelled shards, and measure them"
+    )
+    finetune.formatter_class = argparse.RawDescriptionHelpFormatter
+    finetune.epilog = _PRETRAIN_HELP
+    finetune.add_argument(
+        "--init", metavar="PATH", help="--model.init: a run, checkpoint or file, or scratch"
+    )
+    finetune.add_argument("--print-config", action="store_true", help="show the configuration and end")
     cooldown = _add_command(
         commands, "cooldown", _cooldown, "end a run of constant rate: bring the rate down"
     )
     cooldown.add_argument(
         "--images", type=int, help="images over which it falls (default: 10%% of those seen)"
     )
-    for each in (pretrain, cooldown):
+    for each in (pretrain, finetune, cooldown):
         each.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
         each.set_defaults(takes_keys=True)
     _add_command(commands, "launch", _launch, "start pretrain on several ranks, as a pod or on a workstation")
@@ -150,19 +160,23 @@ def _launch(arguments: Sequence[str]) -> int:
 
 
 def _read_config(arguments: argparse.Namespace) -> Config:
-    return load_config(getattr(arguments, "config", None), os.environ, arguments.keys)
+    file, given = getattr(arguments, "config", None), list(arguments.keys)
+    if arguments.command != "finetune":
+        return load_config(file, os.environ, given)
+    if arguments.init is not None:
+        given += ["--model.init", "" if arguments.init == "scratch" else arguments.init]
+    return load_config(file, os.environ, given, base=FINETUNE_BASE)
 
 
-def _pretrain(arguments: argparse.Namespace) -> None:
-    config = _read_config(arguments)
+def _train(arguments: argparse.Namespace) -> None:
+    config, command = _read_config(arguments), arguments.command
     if arguments.print_config:
         sys.stdout.write(dump_config(config))
         return
     with drain_on_signals() as drain:
         # torch takes seconds to import: not before the configuration is known to be right.
-        from streamswav.commands.pretrain import pretrain  # noqa: PLC0415
-
-        summary = pretrain(config, drain)
+        module = importlib.import_module(f"streamswav.commands.{command}")
+        summary = getattr(module, command)(config, drain)
     if summary:
         sys.stdout.write(json.dumps(summary, indent=1) + "\n")
 

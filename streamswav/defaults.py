@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +27,22 @@ _STANDING = {
     "checkpoint.keep": "one to go on from, one should it be damaged, one to look back at",
 }
 """Defaults that no fact changes, and why they are what they are."""
+
+
+FINETUNE_BASE: Mapping[str, Mapping[str, Any]] = {
+    "run": {"task": "finetune"},
+    "stream": {"passes": 20},
+    "crops": {
+        "sizes": [224],
+        "counts": [1],
+        "scales": [(0.08, 1.0)],
+        "jitter": 0.0,
+        "grayscale": 0.0,
+        "blur": 0.0,
+    },
+    "optimizer": {"name": "sgd"},
+}
+"""Finetuning's own defaults, beneath file, environment and arguments (paper, appendix A)."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,20 @@ _CLOSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
+class Start:
+    """What there is when a run starts, before its shards are listed.
+
+    Attributes:
+        begun: complete configuration of the run that is continued; None: it is new.
+    """
+
+    begun: Config | None
+    ranks: Ranks
+    store: Store
+    reporter: Reporter
+
+
+@dataclass(frozen=True)
 class Program:
     """What tells one kind of training from another; every rank calls all of it in the same order.
 
@@ -82,7 +96,7 @@ class Program:
 
     resolve: Callable[[Config, Facts, Ranks], tuple[Config, list[Choice]]]
     task: Callable[[Run, Config, Pace], Task]
-    prepare: Callable[[Config, Ranks, Store, Reporter], Config] = lambda config, *_: config
+    prepare: Callable[[Config, Start], Config] = lambda config, _: config
     parts: Callable[[Run], tuple[MultiCrop | None, Labels | None]] = lambda _: (None, None)
     finish: Callable[[Run, Task, int, int], Mapping[str, Any]] = lambda *_: {}
     evaluator: Callable[[Run, Drain], Evaluator | None] = lambda *_: None
@@ -152,7 +166,7 @@ def _prepare(
     _set_up_torch(config, ranks)
     store = Store(config.storage)
     begun = ranks.lead(lambda: read_begun(config, store))
-    config = program.prepare(config, ranks, store, reporter)
+    config = program.prepare(config, Start(begun, ranks, store, reporter))
     manifest = ranks.lead(lambda: freeze_manifest(config, store, reporter, begun=begun is not None))
     if begun:
         refuse_other_grid(begun_grid(begun), config)
@@ -169,10 +183,7 @@ def _prepare(
         begun=begun,
     )
     resolved, choices = program.resolve(config, facts, ranks)
-    for choice in choices:
-        reporter.event(
-            "default", f"{choice.key} = {choice.value}  ({choice.reason})", key=choice.key, value=choice.value
-        )
+    tell_choices(choices, reporter)
     batch = known(resolved.training.batch)
     if manifest.samples is not None and manifest.samples < batch and not resolved.stream.follow:
         raise ManifestError(
@@ -180,6 +191,14 @@ def _prepare(
             f"(training.batch = {batch}); lower it or add data"
         )
     return Run(resolved, manifest, ranks, store, reporter, metrics, lease)
+
+
+def tell_choices(choices: Iterable[Choice], reporter: Reporter) -> None:
+    """Say what was chosen, and why."""
+    for choice in choices:
+        reporter.event(
+            "default", f"{choice.key} = {choice.value}  ({choice.reason})", key=choice.key, value=choice.value
+        )
 
 
 def _set_up_torch(config: Config, ranks: Ranks) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamswav.config import ModelSection
-from streamswav.models.recompute import recompute
+from streamswav.models.recompute import features_in_chunks
 from streamswav.models.trunk import build_trunk
 
 
@@ -85,18 +85,12 @@ class SwAVNetwork(nn.Module):
         Returns:
             Unit embeddings [N * B, D] and scores [N * B, K], crop-major, with N the sum of the n_i.
         """
-        features = torch.cat([self._features(images) for images in _join_sizes(crops)])
+        chunks = self.chunks if self.training else 1
+        features = torch.cat([features_in_chunks(self.trunk, each, chunks) for each in _join_sizes(crops)])
         projected = self.projection_head(features)
         with torch.autocast(projected.device.type, enabled=False):
             embeddings = F.normalize(projected.to(self.prototypes.weight.dtype), dim=1)
             return embeddings, self.prototypes(embeddings)
-
-    def _features(self, images: Tensor) -> Tensor:
-        """Features [M, F] of one resolution; in chunks, of which the backward pass computes each anew."""
-        if self.chunks == 1 or not self.training:
-            features: Tensor = self.trunk(images)
-            return features
-        return torch.cat([recompute(self.trunk, chunk) for chunk in images.chunk(self.chunks)])
 
 
 def build_network(section: ModelSection, *, prototypes: int) -> SwAVNetwork:

@@ -29,6 +29,14 @@ def recompute(part: nn.Module, images: Tensor) -> Tensor:
     return kept(part, images, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
+def features_in_chunks(trunk: nn.Module, images: Tensor, chunks: int) -> Tensor:
+    """Return `trunk(images)`, [B, F]; in several chunks, of which the backward pass computes each anew."""
+    if chunks == 1:
+        features: Tensor = trunk(images)
+        return features
+    return torch.cat([recompute(trunk, chunk) for chunk in images.chunk(chunks)])
+
+
 @contextmanager
 def _resting_statistics(part: nn.Module) -> Iterator[None]:
     """Normalise by the statistics of the batch and take note of them in copies, which are thrown away.

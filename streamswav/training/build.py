@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from streamswav.config import Config
+from streamswav.config import Config, TrainingSection
 from streamswav.defaults import known
 from streamswav.models import SwAVNetwork, Trunk, build_network, share_statistics
 from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
@@ -33,7 +33,7 @@ def build_learner(config: Config, ranks: Ranks) -> SwAVLearner:
     network = prepare_network(config).to(memory_format=torch.channels_last).to(ranks.device)
     queue = build_queue(config, ranks.world_size)
     optimizer = build_optimizer(config.optimizer, network.parameters())
-    scaler = torch.amp.GradScaler(ranks.device.type) if training.precision == "float16" else None
+    scaler = build_scaler(config, ranks)
     learner = assemble(
         config,
         distribute(network, config, ranks),
@@ -49,18 +49,28 @@ def build_learner(config: Config, ranks: Ranks) -> SwAVLearner:
     return learner
 
 
+def build_scaler(config: Config, ranks: Ranks) -> torch.amp.GradScaler | None:
+    """Build what scales the loss, where float16 needs it."""
+    float16 = config.training.precision == "float16"
+    return torch.amp.GradScaler(ranks.device.type) if float16 else None
+
+
 def prepare_network(config: Config) -> SwAVNetwork:
     """Build the network and say how it is run; parameters and their names do not depend on the latter."""
-    training = config.training
     network = build_network(config.model, prototypes=known(config.swav.prototypes))
-    network.chunks = training.micro_batches
+    network.chunks = config.training.micro_batches
     assert isinstance(network.trunk, Trunk)
-    network.trunk.recompute_blocks = training.activation_checkpointing
-    if training.compile:
-        # Block by block: they share their code, and may be computed again for the backward pass.
-        for block in network.trunk.blocks():
-            block.compile()
+    prepare_trunk(network.trunk, config.training)
     return network
+
+
+def prepare_trunk(trunk: Trunk, section: TrainingSection) -> None:
+    """Say how a trunk is run."""
+    trunk.recompute_blocks = section.activation_checkpointing
+    if section.compile:
+        # Block by block: they share their code, and may be computed again for the backward pass.
+        for block in trunk.blocks():
+            block.compile()
 
 
 def build_queue(config: Config, world_size: int) -> FeatureQueue | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -99,15 +100,21 @@ class LARS(Optimizer):
         return buffer
 
 
-def build_optimizer(section: OptimizerSection, params: Iterable[Tensor]) -> Optimizer:
-    """Build the optimizer that the configuration names; its rate is 0 until a step sets it."""
+def build_optimizer(section: OptimizerSection, params: Iterable[Any]) -> Optimizer:
+    """Build the optimizer that the configuration names; its rate is 0 until a step sets it.
+
+    Args:
+        section: name and constants.
+        params: tensors, or groups of them with a `weight_decay` of their own and a `rate_scale` for learners.
+    """
     params, decay = list(params), section.weight_decay
     if section.name == "lars":
         return LARS(params, 0.0, momentum=section.momentum, weight_decay=decay, trust=section.trust)
     # Their fused kernels mask a step that is not finite on the device; the others would read whether it is.
     if section.name == "sgd":
         sgd = torch.optim.SGD(params, 0.0, momentum=section.momentum, weight_decay=decay, fused=True)
-        for each in params:  # the first step may be one that is skipped, or rest some of them
+        # The first step may be one that is skipped, or rest some of them.
+        for each in itertools.chain.from_iterable(group["params"] for group in sgd.param_groups):
             sgd.state[each]["momentum_buffer"] = torch.zeros_like(each)
         return sgd
     return torch.optim.AdamW(params, 0.0, betas=section.betas, weight_decay=decay, fused=True)
