@@ -110,7 +110,7 @@ class BlockCache:
                 return
             with aside.open("r+b") as file:
                 file.write(body)
-            aside.replace(aside.with_name(name))
+            self._commit(aside, name, len(body))
         except OSError as error:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
@@ -161,8 +161,16 @@ class BlockCache:
                 with aside.open("xb") as file:
                     file.truncate(size)
                 used += size
-            os.pwrite(used_file, f"{used:020d}".encode(), 0)
+            _write_number(used_file, used)
         return fits
+
+    def _commit(self, aside: Path, name: str, size: int) -> None:
+        """Give a block its name. Who counts blocks must not meet it under both names, or under none."""
+        with _locked(self._root) as used_file:
+            path = aside.with_name(name)
+            if path.exists():  # another process was faster
+                _write_number(used_file, (_read_number(used_file) or size) - size)
+            aside.replace(path)
 
     def _room(self, used: int) -> int:
         """Return how many bytes the cache may have, of which it has `used`."""
@@ -243,6 +251,10 @@ def _read_number(descriptor: int) -> int | None:
         return int(os.pread(descriptor, 20, 0))
     except ValueError:
         return None
+
+
+def _write_number(descriptor: int, number: int) -> None:
+    os.pwrite(descriptor, f"{number:020d}".encode(), 0)
 
 
 def _sums(name: str, data: bytes, first: int) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable
 
@@ -31,6 +33,7 @@ class CachedReads:
     def __init__(self, store: Store, cache: BlockCache | None, on_read: Callable[[str], None]) -> None:
         self._store, self._cache, self._on_read = store, cache, on_read
         self._seen: dict[Blocks, float] = {}
+        self._locks: dict[Blocks, threading.Lock] = {}
 
     def read(self, shard: Shard, start: int, stop: int, *, version: str, block: int) -> bytes:
         """Return the bytes [start, stop) of a shard; whole blocks are kept.
@@ -65,12 +68,13 @@ class CachedReads:
         return data
 
     def _check(self, cache: BlockCache, blocks: Blocks, shard: Shard, version: str) -> None:
-        if time.monotonic() - self._seen.get(blocks, -TRUST_SECONDS) < TRUST_SECONDS:
-            return
-        info = self._store.info(shard.url)
-        if (info.version, info.size) != (version, shard.size):
-            raise ChangedError(redact(shard.url), "the object was replaced since it was listed")
-        self._saw(cache, blocks)
+        with self._locks.setdefault(blocks, threading.Lock()):
+            if time.monotonic() - self._seen.get(blocks, -math.inf) < TRUST_SECONDS:
+                return
+            info = self._store.info(shard.url)
+            if (info.version, info.size) != (version, shard.size):
+                raise ChangedError(redact(shard.url), "the object was replaced since it was listed")
+            self._saw(cache, blocks)
 
     def _saw(self, cache: BlockCache, blocks: Blocks) -> None:
         """Note that the object has this version now; then no other one is worth its room."""
