@@ -151,9 +151,10 @@ def _guess_stem(shapes: Shapes) -> Stem:
 
 def _distance(shapes: Shapes, architecture: Architecture, planes: int) -> tuple[int, ...]:
     """How unlike the tensors and a trunk are, by what is seen without building it."""
-    bottleneck = architecture.block is Bottleneck
-    other_block = bottleneck != any(name.endswith("conv3.weight") for name in shapes)
-    depths = sum(abs(one - other) for one, other in zip(_depths(shapes), architecture.depths, strict=True))
+    bottleneck, found_depths = architecture.block is Bottleneck, _depths(shapes)
+    thirds = sum(name.endswith("conv3.weight") for name in shapes)
+    other_block = bottleneck != (2 * thirds > sum(found_depths))
+    depths = sum(abs(one - other) for one, other in zip(found_depths, architecture.depths, strict=True))
     each = planes * architecture.group_width // _PLANES
     middle = (each * architecture.groups, each) if bottleneck else (planes, planes)
     found = (*shapes.get("layer1.0.conv2.weight", ()), 0, 0)

@@ -51,7 +51,7 @@ def test_info_tells_step_images_and_configuration(run):
 
 
 def test_the_report_counts_what_was_taken_and_what_was_not(run):
-    _, url = save_tiny_run(run)
+    save_tiny_run(run)
     _, info = open_trunk(run)
     assert info.layout == "streamswav"
     assert info.report.beside == {"head": 9, "prototypes": 1}
