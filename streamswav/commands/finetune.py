@@ -25,7 +25,7 @@ from streamswav.transfer.finetune import LabelledData, build_crop, build_finetun
 from streamswav.transfer.finetune_defaults import complete, rules_of_trunk, rules_that_hold
 from streamswav.transfer.finetune_measuring import RESULTS_FILE, Measuring, refuse_unlabelled
 from streamswav.transfer.results import DataUsed
-from streamswav.transfer.weights import open_trunk
+from streamswav.transfer.weights import TrunkInfo, open_trunk
 
 
 def finetune(config: Config, drain: Drain) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class _Parts:
         trunk, self._trunk = self._trunk, None
         return build_finetuning(config, trunk, run.ranks, multi=self._data.train.multi)
 
-    def evaluator(self, run: Run, _: Drain) -> Evaluator:
+    def evaluator(self, run: Run, drain: Drain) -> Evaluator:
         """Return what measures it."""
         data, manifest = self._data, run.manifest
         used = DataUsed(
@@ -107,7 +107,7 @@ class _Parts:
             run.config.labels.classes or 0,
             shards=manifest.digest,
         )
-        self._measuring = Measuring(run.config, data, used, run.ranks, run.store)
+        self._measuring = Measuring(run.config, data, used, ranks=run.ranks, store=run.store, drain=drain)
         return self._measuring
 
     def finish(self, run: Run, task: Task, step: int, images: int) -> Mapping[str, Any]:
@@ -124,14 +124,16 @@ class _Parts:
 
     def _open_trunk(self, config: Config, start: Start) -> Config:
         """Open the trunk on every rank; return the configuration it was trained with."""
-        found: list[Config] = []
+        found: list[TrunkInfo] = []
 
         def read() -> None:
             self._trunk, info = open_trunk(config.model.init, storage=config.storage)
-            found.append(info.config)
+            found.append(info)
 
         start.ranks.each(read)
-        return found[0]
+        (info,) = found
+        start.reporter.event("init", f"the trunk begins as {info.url}: {info.report}", layout=info.layout)
+        return info.config
 
 
 def _refuse_other_trunk(given: Config, source: Config) -> None:

@@ -58,7 +58,8 @@ class Trainer:
             StreamswavError: what made it impossible to go on; the last checkpoint stands.
         """
         feed, monitor = self._feed, self._monitor
-        if self.step == 0:
+        # One that was due after the last step of a run that was stopped may not have been.
+        if self.step == 0 or self._evaluation_due:
             self._evaluate()
         for batch in self._batches():
             stride = self._pace.stride(feed.seen, feed.seen_bytes)
@@ -72,7 +73,7 @@ class Trainer:
             monitor.stepped(batch, result, step=self.step, images=feed.seen, rate=stride.rate)
             if feed.log_agreed or feed.save_agreed or result.look:
                 self._look(stride.rate)
-            if self._evaluator and self._evaluator.due(feed.seen, feed.position.grid.batch):
+            if self._evaluation_due:
                 self._evaluate()
             if feed.save_agreed:
                 self._save()
@@ -87,6 +88,12 @@ class Trainer:
             raise DrainedError(
                 f"drained after a signal at step {self.step}: the same command continues{since}"
             )
+
+    @property
+    def _evaluation_due(self) -> bool:
+        """Whether the last step is followed by an evaluation."""
+        feed = self._feed
+        return self._evaluator is not None and self._evaluator.due(feed.seen, feed.position.grid.batch)
 
     def _evaluate(self) -> None:
         """Measure what is trained, once a step at most; every rank must call this after the same step."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
+from pydantic import TypeAdapter
 from torch import nn
 
 from streamswav.config import Config, FinetuneSection
-from streamswav.errors import ConfigError, NotFoundError
+from streamswav.errors import ConfigError, DrainedError, NotFoundError
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.distributed import Ranks
 from streamswav.training.evaluating import as_saved
 from streamswav.transfer.evaluation import choose_preprocessing
-from streamswav.transfer.features import Features, Preprocessing, extract
+from streamswav.transfer.features import Features, Preprocessing, extract, gather_features
 from streamswav.transfer.finetune import LabelledData
 from streamswav.transfer.finetune_network import FinetuneNetwork, ScoreRows, head_settings
-from streamswav.transfer.intervals import wilson
+from streamswav.transfer.intervals import Interval
+from streamswav.transfer.precision import measure_precision
 from streamswav.transfer.results import DataUsed, Results, Value, measure_accuracy
 from streamswav.transfer.results_file import read_results
 
@@ -33,20 +34,29 @@ _BEST = "best epoch, chosen on these test images"
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Shares from 0 to 1 by metric, and their intervals."""
+
+    scores: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+
+
+@dataclass(frozen=True)
 class Measured:
     """What the network of one step got right, each of its heads.
 
     Attributes:
         step: optimizer steps done.
         images: trained until then.
-        heads: shares by metric, a head each.
-        tested: images that were measured on.
+        heads: what each of them got right.
     """
 
     step: int
     images: int
-    heads: Sequence[Mapping[str, float]]
-    tested: int
+    heads: Sequence[Scored]
+
+
+_SHAPE = TypeAdapter(Measured)
 
 
 class Measuring:
@@ -58,10 +68,18 @@ class Measuring:
         trained: what was trained on.
         ranks: all call `measure` and `finish` after the same step.
         store: of the run.
+        drain: whether to stop; then nothing is measured, and it is done when the run goes on.
     """
 
     def __init__(
-        self, config: Config, data: LabelledData, trained: DataUsed, ranks: Ranks, store: Store
+        self,
+        config: Config,
+        data: LabelledData,
+        trained: DataUsed,
+        *,
+        ranks: Ranks,
+        store: Store,
+        drain: Callable[[], bool],
     ) -> None:
         every, samples = config.finetune.evaluate_every, config.stream.samples
         if every and not samples:
@@ -69,7 +87,7 @@ class Measuring:
             raise ConfigError("finetune.evaluate_every", reason, value=every)
         self._every = every * samples if every and samples else None
         self._config, self._data, self._trained = config, data, trained
-        self._ranks, self._store = ranks, store
+        self._ranks, self._store, self._drain = ranks, store, drain
         self._folder = join(config.run.directory, EVALUATIONS)
         self._last: tuple[Measured, DataUsed] | None = None
 
@@ -81,45 +99,61 @@ class Measuring:
         """Measure the network, and keep what it came to; at the start there is nothing to measure."""
         if not step:
             return {}
-        if self._last is None or self._last[0].step != step:
-            self._last = self._measure(subject, step, images)
-        return {f"test_{metric}": share for metric, share in self._last[0].heads[0].items()}
+        try:
+            measured, _ = self._measure_once(subject, step=step, images=images)
+        except DrainedError:
+            return {}
+        return {f"test_{metric}": share for metric, share in measured.heads[0].scores.items()}
 
     def finish(self, subject: nn.Module, *, step: int, images: int) -> Results:
-        """Return the results of a run that is done, measured if they are not known, and written."""
+        """Return the results of a run that is done, measured if they are not known, and written.
+
+        Raises:
+            DrainedError: a drain was asked for meanwhile.
+        """
         place = join(self._config.run.directory, RESULTS_FILE)
         known = self._ranks.lead(lambda: self._read(place, step))
         if known is not None:
             return known
-        self.measure(subject, step=step, images=images)
-        assert self._last is not None
-        measured, tested = self._last
+        measured, tested = self._measure_once(subject, step=step, images=images)
         results = self._results(measured, tested)
         self._ranks.lead(lambda: self._store.write(place, results.to_json().encode()))
         return results
 
+    def _measure_once(self, subject: nn.Module, *, step: int, images: int) -> tuple[Measured, DataUsed]:
+        if self._last is None or self._last[0].step != step:
+            self._last = self._measure(subject, step, images)
+        return self._last
+
     def _measure(self, subject: nn.Module, step: int, images: int) -> tuple[Measured, DataUsed]:
-        network = cast("FinetuneNetwork", subject)
-        with as_saved(network, self._ranks):
-            heads, used = self._ranks.lead(lambda: self._score(network))
-        measured = Measured(step, images, heads, used.images)
+        network, ranks = cast("FinetuneNetwork", subject), self._ranks
+        with as_saved(network, ranks):
+            own = extract(
+                ScoreRows(network),
+                self._data.test_urls,
+                preprocessing=self._preprocessing,
+                storage=self._config.storage,
+                labels=self._data.test,
+                ranks=ranks,
+                workers=min(max(1, len(os.sched_getaffinity(0)) // ranks.world_size), _MOST_WORKERS),
+                device=ranks.device,
+                give_up=self._drain,
+            )
+        features = gather_features(own, ranks)
+        heads, used = ranks.lead(lambda: self._score(features))
+        measured = Measured(step, images, heads)
         if self._every:
-            self._ranks.lead(lambda: self._keep(measured))
+            ranks.lead(lambda: self._keep(measured))
         return measured, used
 
-    def _score(self, network: FinetuneNetwork) -> tuple[list[Mapping[str, float]], DataUsed]:
-        """Return the shares of every head."""
-        features = extract(
-            ScoreRows(network),
-            self._data.test_urls,
-            preprocessing=self._preprocessing,
-            storage=self._config.storage,
-            workers=min(len(os.sched_getaffinity(0)), _MOST_WORKERS),
-            device=self._ranks.device,
-        )
-        rows = features.features.view(len(features.labels), len(head_settings(self._config)), -1)
-        shares = [measure_accuracy(scores, features.labels).scores for scores in rows.unbind(1)]
-        return list(shares), _used(features, self._data.test_urls)
+    def _score(self, features: Features | None) -> tuple[list[Scored], DataUsed]:
+        """Return what every head got right; on rank 0, which has all scores."""
+        assert features is not None
+        rows = features.features.view(len(features.keys), len(head_settings(self._config)), -1)
+        measure = measure_precision if self._data.test.multi else measure_accuracy
+        heads = [measure(scores, features.labels) for scores in rows.unbind(1)]
+        scored = [Scored(each.scores, each.intervals) for each in heads]
+        return scored, _used(features, self._data.test_urls)
 
     @property
     def _preprocessing(self) -> Preprocessing:
@@ -132,7 +166,7 @@ class Measuring:
             if kept.step > measured.step:
                 self._store.delete(url)
         place = join(self._folder, f"step-{measured.step:09d}.json")
-        self._store.write(place, json.dumps(asdict(measured)).encode())
+        self._store.write(place, _SHAPE.dump_json(measured))
 
     def _kept(self) -> list[tuple[str, Measured]]:
         """Read what was measured so far, in order."""
@@ -140,7 +174,7 @@ class Measuring:
             urls = sorted(info.url for info in self._store.list(self._folder))
         except NotFoundError:
             return []
-        return [(url, Measured(**json.loads(self._store.read(url)))) for url in urls]
+        return [(url, _SHAPE.validate_json(self._store.read(url))) for url in urls]
 
     def _read(self, place: str, step: int) -> Results | None:
         if not self._store.exists(place):
@@ -154,7 +188,7 @@ class Measuring:
         if self._every:
             kept = [each for _, each in self._ranks.lead(self._kept)]
             for head in range(len(measured.heads)):
-                best = max(kept, key=lambda each: next(iter(each.heads[head].values())))
+                best = max(kept, key=lambda each: next(iter(each.heads[head].scores.values())))
                 values.append(self._value(best, head, _BEST))
         return Results(
             _describe(config, measured),
@@ -192,9 +226,8 @@ class Measuring:
         about |= {
             name: getattr(section, name) for name in changed if getattr(section, name) != getattr(plain, name)
         }
-        shares = measured.heads[head]
-        intervals = {metric: wilson(share, measured.tested) for metric, share in shares.items()}
-        return Value(protocol, about, column, shares, intervals)
+        found = measured.heads[head]
+        return Value(protocol, about, column, found.scores, found.intervals)
 
 
 def refuse_unlabelled(data: LabelledData, ranks: Ranks) -> None:
@@ -209,7 +242,14 @@ def refuse_unlabelled(data: LabelledData, ranks: Ranks) -> None:
     wanted = choose_preprocessing(config.crops, resize=section.resize, crop=section.crop)
 
     def look() -> None:
-        extract(nn.Flatten(), data.test_urls, preprocessing=wanted, storage=config.storage, limit=_LOOKED_AT)
+        extract(
+            nn.Flatten(),
+            data.test_urls,
+            preprocessing=wanted,
+            storage=config.storage,
+            labels=data.test,
+            limit=_LOOKED_AT,
+        )
 
     ranks.lead(look)
 
@@ -230,4 +270,6 @@ def _describe(config: Config, measured: Measured) -> dict[str, object]:
 
 def _used(features: Features, urls: Sequence[str]) -> DataUsed:
     shown = [redact(url) for url in urls]
-    return DataUsed(shown, len(features.labels), len(set(features.labels.tolist())), features.skipped)
+    labels = features.labels
+    classes = int(labels.any(dim=0).sum()) if labels.dim() > 1 else len(set(labels.tolist()))
+    return DataUsed(shown, len(features.keys), classes, features.skipped)
