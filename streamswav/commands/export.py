@@ -34,6 +34,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to write (default: {' '.join(DEFAULT)})",
     )
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights (default: float32)")
+    add("--head", type=int, metavar="N", help="which of several classifiers of a finetuned run, from 0")
     add("--results", nargs="+", action="extend", default=[], metavar="FILE", help="evaluations, for the card")
     add("--overwrite", action="store_true", help="replace files that are there")
     parser.set_defaults(words=[])
@@ -55,6 +56,7 @@ def run_export(args: argparse.Namespace, *, given: Config) -> list[str]:
         out,
         formats=formats,
         dtype=args.dtype,
+        head=args.head,
         results=results,
         overwrite=args.overwrite,
         storage=given.storage,

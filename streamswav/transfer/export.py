@@ -70,6 +70,7 @@ def export(
     *,
     formats: Sequence[str] = (),
     dtype: str = "float32",
+    head: int | None = None,
     results: Sequence[str] = (),
     overwrite: bool = False,
     storage: StorageSection = _STORAGE,
@@ -82,10 +83,11 @@ def export(
         out: a folder, or the name of a single file, whose suffix then says the format where none is given.
         formats: of `FORMATS`; `all` is all that are possible. By default torchvision's and safetensors.
         dtype: of the floating-point weights: float32, float16 or bfloat16.
+        head: which classifier of a finetuned run goes with the trunk, from 0, where there are several.
         results: files of evaluations for the card; by default `results.json` in the run's folder.
         overwrite: replace files that are there.
         storage: how object storage is reached.
-        tell: told, in words, what `all` leaves out.
+        tell: told, in words, what is left out.
 
     Returns:
         URLs of the files, then of the card and of its JSON.
@@ -101,7 +103,7 @@ def export(
     store = Store(storage)
     if not overwrite:
         _refuse_existing(places, store)
-    source = read_source(checkpoint, storage)
+    source = read_source(checkpoint, storage, head=head, tell=tell)
     evaluations = read_results(results, source.info, store)
     places = _leave_out(places, source, dtype, tell) if ALL in formats else places
     for name in places.files:

@@ -41,17 +41,18 @@ class Job:
     size: int
     about: Mapping[str, str]
 
-    def states(self) -> tuple[State, State]:
-        """Return the trunk's tensors and those beside them, in the type that is wanted."""
-        trunk, beside = self.source.trunk.state_dict(), self.source.beside
-        return self._cast(trunk), self._cast(beside)
+    @property
+    def trunk(self) -> State:
+        """The trunk's tensors in the type that is wanted."""
+        return self.cast(self.source.trunk.state_dict())
 
     def graph(self) -> nn.Module:
         """Return what a graph is made of."""
         classifier = self.source.classifier
         return Classified(self.source.trunk, classifier).eval() if classifier else self.source.trunk
 
-    def _cast(self, state: Mapping[str, Tensor]) -> State:
+    def cast(self, state: Mapping[str, Tensor]) -> State:
+        """Return tensors in the type that is wanted, each of them contiguous."""
         wanted = DTYPES[self.dtype]
         return {
             name: (each.to(wanted) if each.is_floating_point() else each).contiguous()
@@ -116,20 +117,19 @@ def digest_of(path: Path) -> str:
 
 
 def _write_torchvision(job: Job, path: Path) -> None:
-    _save(to_torchvision(*job.states()), path)
+    _save(to_torchvision(job.trunk, job.cast(job.source.classifier)), path)
 
 
 def _write_reference(job: Job, path: Path) -> None:
-    _save(to_reference(*job.states()), path)
+    _save(to_reference(job.trunk, job.cast(job.source.beside)), path)
 
 
 def _write_detectron2(job: Job, path: Path) -> None:
-    trunk, _ = job.states()
-    _save(to_detectron2(trunk), path, around={"__author__": "streamswav", "matching_heuristics": True})
+    _save(to_detectron2(job.trunk), path, around={"__author__": "streamswav", "matching_heuristics": True})
 
 
 def _write_safetensors(job: Job, path: Path) -> None:
-    state = to_torchvision(*job.states())
+    state = to_torchvision(job.trunk, job.cast(job.source.classifier))
     safetensors.torch.save_file(state, path, metadata={"format": "pt", **job.about})
     _compare(safetensors.torch.load_file(path), state, path)
 

@@ -16,10 +16,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-CLASSIFIER = "fc."
-
 _Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
-_HEAD = "head."
 _SWAV = ("projection_head.", "prototypes.")
 _LONE_LAYER = "projection_head.0."
 _TO_DETECTRON2: tuple[_Rule, ...] = (
@@ -38,25 +35,24 @@ _FROM_DETECTRON2: tuple[_Rule, ...] = (
 )
 
 
-def to_torchvision(trunk: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> State:
-    """Return a trunk as torchvision and timm name it; the linear head of a finetuned network is its `fc`.
+def to_torchvision(trunk: Mapping[str, Tensor], classifier: Mapping[str, Tensor]) -> State:
+    """Return a trunk as torchvision and timm name it, with its classifier as `fc`.
 
     Args:
         trunk: tensors of a `Trunk`.
-        beside: the network's other tensors, as a checkpoint names them.
+        classifier: `weight` and `bias`; empty for none.
     """
-    classifier = {
-        CLASSIFIER + name.removeprefix(_HEAD): tensor
-        for name, tensor in beside.items()
-        if name.startswith(_HEAD)
-    }
-    return {**trunk, **classifier}
+    return {**trunk, **{f"fc.{name}": tensor for name, tensor in classifier.items()}}
 
 
 def to_reference(trunk: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> State:
     """Return trunk, projection head and prototypes as the published SwAV weights name them.
 
     A projection head of a single layer has no number there. A finetuned network's classifier has no place.
+
+    Args:
+        trunk: tensors of a `Trunk`.
+        beside: the network's other tensors, as a checkpoint names them.
     """
     swav = {name: tensor for name, tensor in beside.items() if name.startswith(_SWAV)}
     if not any(name.startswith("projection_head.3.") for name in swav):

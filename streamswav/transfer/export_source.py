@@ -1,11 +1,12 @@
-"""What is exported: all weights of a checkpoint, and what is known of how they came about."""
+"""What is exported: all weights of a checkpoint or file, and what is known of how they came about."""
 
 from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,17 +15,17 @@ from streamswav.config import StorageSection
 from streamswav.errors import ConfigError, NotFoundError
 from streamswav.models import Trunk
 from streamswav.stream.store import Store, join, redact
-from streamswav.training.checkpoint import read_checkpoint, unpack
-from streamswav.transfer.weights import MODEL_FILE, TrunkInfo, open_trunk
+from streamswav.transfer import results_file
+from streamswav.transfer.weights import TrunkInfo, read_weights
 
 RESULTS_FILE = "results.json"
 
-_TRUNK = "trunk."
 _CHECKPOINTS = "checkpoints"
 _MANIFEST = "manifest.json"
 _POSITION = "position.json"
 _RECIPE = ("crops", "model", "swav", "optimizer", "training", "finetune")
 _OF_STREAM = ("seed", "passes", "samples", "columns", "rows", "window")
+_HEAD = re.compile(r"head\.(?:heads\.(?P<number>\d+)\.)?(?P<kind>weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Source:
     Attributes:
         trunk: in eval mode, float32, on the CPU.
         beside: the network's other tensors as a checkpoint names them: `projection_head.*` and
-            `prototypes.*`, or `head.*` after finetuning; empty where the source has none.
+            `prototypes.weight`, or `head.heads.N.*` after finetuning; empty where the source has none.
+        classifier: `weight` [C, F] and `bias` [C] of one of those heads; empty for none.
         info: of the trunk.
         recipe: the run's configuration by section; None for weights that no run of this trainer made.
         data: what it was trained on; empty where nothing is known.
@@ -42,52 +44,51 @@ class Source:
 
     trunk: Trunk
     beside: Mapping[str, Tensor]
+    classifier: Mapping[str, Tensor]
     info: TrunkInfo
     recipe: Mapping[str, Any] | None
     data: Mapping[str, Any]
 
     @property
-    def classifier(self) -> dict[str, Tensor]:
-        """`weight` and `bias` of the classifier of a finetuned network; empty where there is none."""
-        return {
-            name.removeprefix("head."): each for name, each in self.beside.items() if name.startswith("head.")
-        }
-
-    @property
     def classes(self) -> int:
         """C of the classifier; 0 where there is none."""
-        classifier = self.classifier
-        return len(classifier["weight"]) if classifier else 0
+        return len(self.classifier["weight"]) if self.classifier else 0
 
 
-def read_source(path: str, storage: StorageSection) -> Source:
+def read_source(
+    path: str, storage: StorageSection, *, head: int | None = None, tell: Callable[[str], object]
+) -> Source:
     """Open what is to be exported.
 
+    Args:
+        path: whatever `load_trunk` reads.
+        storage: how object storage is reached.
+        head: which of several classifiers is taken, from 0; by default the only one, and of several none.
+        tell: told where several are left out.
+
     Raises:
-        CheckpointError, StorageError: as `open_trunk`.
+        CheckpointError, StorageError: as `load_trunk`.
+        ConfigError: there is no such classifier.
     """
-    trunk, info = open_trunk(path, storage=storage)
-    store = Store(storage)
-    _, files = read_checkpoint(info.url, store, only=(MODEL_FILE, _POSITION))
-    state = unpack(files[MODEL_FILE])["network"]
-    beside = {name: tensor for name, tensor in state.items() if not name.startswith(_TRUNK)}
-    return Source(
-        trunk, beside, info, _recipe(info), _describe_data(info, files.get(_POSITION, b"{}"), store)
-    )
+    weights = read_weights(path, storage=storage)
+    info = weights.info
+    known = info.step is not None
+    recipe, data = (_recipe(info), _describe_data(info, Store(storage))) if known else (None, {})
+    classifier = _choose_classifier(weights.beside, head, tell)
+    return Source(weights.build_trunk(), weights.beside, classifier, info, recipe, data)
 
 
 def read_results(urls: Sequence[str], info: TrunkInfo, store: Store) -> list[dict[str, Any]]:
-    """Read results of evaluations, as given, or as `results.json` in the folder of the run.
+    """Read results of measurements, as given, or as `results.json` in the folder of the run.
 
     Raises:
         ConfigError: a file that holds none.
-        NotFoundError: a file that was given and is not there.
+        StorageError: a file that cannot be read.
     """
-    if urls:
-        return [_read_results(url, store) for url in urls]
     run = _run_of(info.url)
-    place = join(run, RESULTS_FILE) if run else ""
-    return [_read_results(place, store)] if place and store.exists(place) else []
+    if not urls and run and store.exists(place := join(run, RESULTS_FILE)):
+        urls = [place]
+    return [asdict(results_file.read_results(url, store)) for url in urls]
 
 
 def without_secrets(value: Any) -> Any:
@@ -101,14 +102,22 @@ def without_secrets(value: Any) -> Any:
     return value
 
 
-def _read_results(url: str, store: Store) -> dict[str, Any]:
-    try:
-        found = json.loads(store.read(url))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("values"), list):
-        raise ConfigError("--results", "no results of an evaluation", value=redact(url))
-    return found
+def _choose_classifier(
+    beside: Mapping[str, Tensor], head: int | None, tell: Callable[[str], object]
+) -> dict[str, Tensor]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in beside.items():
+        if match := _HEAD.fullmatch(name):
+            found.setdefault(int(match["number"] or 0), {})[match["kind"]] = tensor.float()
+    if head is not None and head not in found:
+        there = f"classifiers 0 to {max(found)}" if found else "no classifier"
+        raise ConfigError("--head", f"there is {there} in it", value=head)
+    if head is None and len(found) > 1:
+        tell(
+            f"{len(found)} classifiers were trained side by side, none is exported; --head 0 takes the first"
+        )
+        return {}
+    return found.get(head or 0, {})
 
 
 def _recipe(info: TrunkInfo) -> dict[str, Any]:
@@ -117,24 +126,29 @@ def _recipe(info: TrunkInfo) -> dict[str, Any]:
     return {"stream": stream, **{name: values[name] for name in _RECIPE if name in values}}
 
 
-def _describe_data(info: TrunkInfo, position: bytes, store: Store) -> dict[str, Any]:
+def _describe_data(info: TrunkInfo, store: Store) -> dict[str, Any]:
     """Say which shards there were, by the digest that the checkpoint's position is bound to."""
     data: dict[str, Any] = {"urls": list(info.config.stream.urls)}
-    if digest := json.loads(position).get("manifest"):
-        data["manifest_digest"] = digest
     run = _run_of(info.url)
-    try:
-        manifest = json.loads(store.read(join(run, _MANIFEST))) if run else {}
-    except NotFoundError:
-        manifest = {}
+    position = _read_json(join(info.url, _POSITION), store)
+    manifest = _read_json(join(run, _MANIFEST), store) if run else {}
+    if digest := position.get("manifest") or manifest.get("digest"):
+        data["manifest_digest"] = digest
     if manifest:
         sizes = [size for _, _, size, *_ in manifest["shards"]]
         data |= {"shards": len(sizes), "bytes": sum(sizes)}
-        data.setdefault("manifest_digest", manifest["digest"])
     return data
 
 
+def _read_json(url: str, store: Store) -> dict[str, Any]:
+    """Return what a file of the run holds; a checkpoint may have been copied without the run."""
+    try:
+        return dict(json.loads(store.read(url)))
+    except NotFoundError:
+        return {}
+
+
 def _run_of(checkpoint: str) -> str:
-    """The run's folder, where the checkpoint lies in one."""
+    """Return the run's folder, where the checkpoint lies in one."""
     folder = posixpath.dirname(checkpoint.rstrip("/"))
     return posixpath.dirname(folder) if posixpath.basename(folder) == _CHECKPOINTS else ""

@@ -45,8 +45,9 @@ def describe(
         "source": {
             "checkpoint": info.url,
             "trained_here": own,
-            "step": info.step if own else None,
-            "images": info.images if own else None,
+            "layout": info.layout,
+            "step": info.step,
+            "images": info.images,
         },
         "model": {
             "trunk": section.trunk,
@@ -81,7 +82,8 @@ def in_short(facts: Mapping[str, Any]) -> dict[str, str]:
         "std": " ".join(map(str, images["std"])),
         "size": str(images["crop"]),
     }
-    return short | ({"images": str(facts["source"]["images"])} if facts["source"]["trained_here"] else {})
+    seen = facts["source"]["images"]
+    return short if seen is None else {**short, "images": str(seen)}
 
 
 def load_lines(name: str, file: str, source: Source, size: int) -> list[str]:
@@ -142,9 +144,9 @@ def _what(facts: Mapping[str, Any]) -> Iterator[str]:
     if not model["known_elsewhere"]:
         yield ""
         yield (
-            "torchvision and timm have no constructor for this width (`width_per_group` and `wide_resnet50_2` "
-            "are other networks): the tensors have their names, the network is built by `streamswav.models`, "
-            "and ONNX and torch.export files need nobody to build it."
+            "torchvision and timm have no constructor for this width (`width_per_group` and "
+            "`wide_resnet50_2` are other networks): the tensors have their names, the network is built by "
+            "`streamswav.models`, and ONNX and torch.export files need nobody to build it."
         )
 
 
@@ -190,8 +192,9 @@ def _origin(facts: Mapping[str, Any]) -> Iterator[str]:
     source, data = facts["source"], facts["data"]
     yield from ("", "## Training", "", f"From `{source['checkpoint']}`.")
     if not source["trained_here"]:
-        yield from ("", "Not trained by streamswav: recipe and data are not known here.")
+        yield from ("", f"Read in the layout of {source['layout']}; recipe and data are not known.")
     else:
+        yield ""
         yield f"{source['images']:,} images seen in {source['step']:,} steps."
         yield from ("", "```yaml", yaml.safe_dump(facts["recipe"], sort_keys=False).rstrip(), "```")
         yield from ("", "## Data", "")
@@ -212,8 +215,9 @@ def _results(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _licence(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## Licence", "")
     yield (
-        f"The code that wrote these files (streamswav {facts['streamswav']}) is under "
-        f"{facts['licence']['code']}. What may be done with the weights depends on the images that they were trained on."
+        f"The code that wrote these files, streamswav {facts['streamswav']}, is under "
+        f"{facts['licence']['code']}. What may be done with the weights depends on the images that they were "
+        "trained on."
     )
     if not facts["source"]["trained_here"]:
         yield "Weights that others have published stay under their licence (those of SwAV: CC BY-NC 4.0)."
