@@ -9,10 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from runs import arguments
 from shard_parts import END, join, samples
 
+from streamswav import cli
+from streamswav.commands import training_run
 from streamswav.config import StorageSection, parse_config
-from streamswav.errors import ConfigError
+from streamswav.errors import EXIT_DONE, ConfigError
 from streamswav.stream import cache as cache_module
 from streamswav.stream import open_stream
 from streamswav.stream.cache import CHUNK_BYTES, BlockCache
@@ -21,6 +24,7 @@ from streamswav.stream.pieces import Piece
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.store import Store
 from streamswav.stream.tar import Damage
+from streamswav.telemetry.metrics import Metrics
 
 BLOCK = 4096
 
@@ -313,3 +317,26 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_read(shards,
         open_stream(url, storage=storage(tmp_path / "file"))
     with pytest.raises(ConfigError, match="on a disk of this machine"):
         parse_config({"storage": {"cache": "s3://bucket/cache"}})
+
+
+def test_a_run_of_two_passes_fetches_shards_once_and_counts_what_the_cache_gave(
+    shards, s3, tmp_path, monkeypatch
+):
+    url, folder, _ = shards
+    metrics = Metrics()
+    monkeypatch.setattr(training_run, "Metrics", lambda: metrics)
+    storage = {"cache": tmp_path / "cache", "block_bytes": BLOCK}
+    code = cli.main(
+        arguments(
+            run={"directory": tmp_path / "run"},
+            stream={"urls": url, "passes": 2},
+            storage=storage | {"endpoint_url": s3.endpoint},
+            training={"batch": 8},
+        )
+    )
+    assert code == EXIT_DONE
+    value = metrics.registry.get_sample_value
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert size <= value("streamswav_s3_received_bytes_total") < 1.5 * size, "not twice"
+    hits, misses = (value("streamswav_cache_reads_total", {"outcome": each}) for each in ("hit", "miss"))
+    assert hits > misses > 0
