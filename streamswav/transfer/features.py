@@ -6,51 +6,31 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamswav.config import StorageSection
-from streamswav.errors import ManifestError
-from streamswav.stream.labels import Label, Labels
+from streamswav.stream.labels import Labels
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.select import Selection
 from streamswav.stream.store import Store
 from streamswav.training.distributed import Ranks
-from streamswav.transfer.extraction import Part
+from streamswav.transfer.collected import Collected, Features
 from streamswav.transfer.gathering import gather_bytes, gather_rows
 from streamswav.transfer.jobs import Job
-from streamswav.transfer.part_folder import PartFolder, Record, describe_shards
-from streamswav.transfer.part_formats import decode_part
-from streamswav.transfer.reading import Account, ImageSource, Preprocessing, Rows
-from streamswav.transfer.stretches import Stretch, first_of_each
+from streamswav.transfer.part_folder import PartFolder, describe_shards
+from streamswav.transfer.reading import ImageSource, Preprocessing
+from streamswav.transfer.stretches import first_of_each
 
-__all__ = ["Features", "Preprocessing", "digest_module", "extract", "gather_features"]
+__all__ = ["Features", "Preprocessing", "describe", "digest_module", "extract", "gather_features"]
 
 _STRETCH_SAMPLES = 1024
 _FROM_SHARDS = Labels.from_shards()
 _ALONE = Ranks()
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of N images, sorted by shard and place in the shard.
-
-    Attributes:
-        features: float32 [N, F] on the CPU, as they leave the trunk (not normalised).
-        labels: int64 [N]; bool [N, C] where an image may have several.
-        keys: N names.
-        skipped: samples and unreadable stretches that were not used, by reason.
-        places: int64 [N, 2], of each image the index of its shard and its number in the shard.
-    """
-
-    features: Tensor
-    labels: Tensor
-    keys: tuple[str, ...]
-    skipped: Mapping[str, int]
-    places: Tensor
 
 
 def extract(
@@ -101,15 +81,6 @@ def extract(
     store = Store(storage)
     manifest = ranks.lead(lambda: list_manifest(urls, store))
     trunk = trunk.to(device)
-    folder = None
-    if keep:
-        about = {
-            **describe(manifest, preprocessing, labels, Selection.none(), samples=_STRETCH_SAMPLES),
-            "trunk": ranks.lead(lambda: digest_module(trunk)),
-            "limit": limit,
-        }
-        folder = PartFolder(keep, store, about, option="keep")
-        ranks.lead(lambda: folder.begin({"what": ["features"], "layout": "npy", "batch": batch}))
     source = ImageSource(
         ShardReader(manifest, storage, read_ahead=2),
         preprocessing,
@@ -118,6 +89,8 @@ def extract(
         select=Selection.none(),
         samples=_STRETCH_SAMPLES,
     )
+    notes = {"batch": batch}
+    folder = _open_folder(keep, store, source, trunk, ranks, limit=limit, notes=notes) if keep else None
     job = Job(
         source,
         lambda images: {"features": trunk(images).float()},
@@ -128,9 +101,52 @@ def extract(
         stops=first_of_each(limit, len(manifest.shards)),
         folder=folder,
     )
-    collected = _Collected(on_images)
+    collected = Collected(on_images)
     job.run(collected, give_up=give_up)
+    if folder is not None:
+        _finish_folder(folder, collected, manifest, ranks, notes=notes)
     return collected.join(labels, ranks)
+
+
+def _open_folder(
+    url: str,
+    store: Store,
+    source: ImageSource,
+    trunk: nn.Module,
+    ranks: Ranks,
+    *,
+    limit: int | None,
+    notes: Mapping[str, Any],
+) -> PartFolder:
+    """Find or begin the folder of kept features.
+
+    Raises:
+        ConfigError: it holds those of something else.
+    """
+    about = {
+        **describe(source),
+        "what": ["features"],
+        "layout": "npy",
+        "network": ranks.lead(lambda: digest_module(trunk)),
+        "limit": limit,
+    }
+    folder = PartFolder(url, store, about, option="keep")
+    ranks.lead(lambda: folder.begin(notes))
+    return folder
+
+
+def _finish_folder(
+    folder: PartFolder, collected: Collected, manifest: Manifest, ranks: Ranks, *, notes: Mapping[str, Any]
+) -> None:
+    """Say in the folder that all is there."""
+    own = [
+        (stretch, manifest.shards[stretch.shard].key, len(rows))
+        for stretch, (_, rows) in collected.parts.items()
+    ]
+    parts = sorted(part for each in ranks.collect(own) for part in each)
+    skipped = _add(ranks.gather(dict(collected.skipped)))
+    totals = {"images": sum(part[2] for part in parts), "skipped": skipped}
+    ranks.lead(lambda: folder.finish(notes, totals, parts))
 
 
 def gather_features(features: Features, ranks: Ranks) -> Features | None:
@@ -151,32 +167,24 @@ def gather_features(features: Features, ranks: Ranks) -> Features | None:
         place = order.argsort()
     gathered = [gather_rows(each, place, counts, ranks) for each in (features.features, features.labels)]
     lists = gather_bytes(json.dumps(features.keys).encode(), ranks)
-    skipped = sum((Counter(each) for each in ranks.gather(dict(features.skipped))), Counter[str]())
+    skipped = _add(ranks.gather(dict(features.skipped)))
     if places is None or order is None:
         return None
     keys = [key for each in lists for key in json.loads(each)]
-    values, all_labels = gathered
+    values, labels = gathered
     assert values is not None
-    assert all_labels is not None
-    return Features(
-        values,
-        all_labels,
-        tuple(keys[index] for index in order.tolist()),
-        dict(sorted(skipped.items())),
-        places[order],
-    )
+    assert labels is not None
+    return Features(values, labels, tuple(keys[index] for index in order.tolist()), skipped, places[order])
 
 
-def describe(
-    manifest: Manifest, preprocessing: Preprocessing, labels: Labels, select: Selection, *, samples: int
-) -> dict[str, object]:
+def describe(source: ImageSource) -> dict[str, object]:
     """Return what decides the parts of a folder, beside what computes them."""
     return {
-        "shards": describe_shards(manifest),
-        "preprocessing": asdict(preprocessing),
-        "labels": labels.digest,
-        "selection": select.digest,
-        "part_samples": samples,
+        "shards": describe_shards(source.reader.manifest),
+        "preprocessing": asdict(source.preprocessing),
+        "labels": source.labels.digest,
+        "selection": source.select.digest,
+        "part_samples": source.samples,
     }
 
 
@@ -191,96 +199,12 @@ def digest_module(module: nn.Module) -> str:
     return whole.hexdigest()
 
 
-@dataclass
-class _Collected:
-    """The parts of a rank, in the order of their arrival."""
-
-    on_images: Callable[[int], None]
-    parts: dict[Stretch, tuple[Tensor | None, Rows]] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)
-    images: int = 0
-
-    def found(self, record: Record, files: Mapping[str, bytes]) -> None:
-        rows, arrays = decode_part(files)
-        features = torch.from_numpy(arrays["features"]) if arrays else None
-        self._add(record.stretch, features, rows, record.account)
-
-    def computed(self, part: Part) -> None:
-        self._add(part.stretch, part.outputs.get("features"), part.rows, part.account)
-
-    def on_batch(self, images: int) -> None:
-        self.images += images
-        if images:
-            self.on_images(self.images)
-
-    def facts(self) -> int:
-        return self.images
-
-    def on_facts(self, facts: Sequence[int]) -> None:
-        """Nothing follows from them."""
-
-    def _add(self, stretch: Stretch, features: Tensor | None, rows: Rows, account: Account) -> None:
-        self.parts[stretch] = features, rows
-        for (_, reason), count in account.passed.items():
-            self.skipped[reason] += count
-        self.skipped.update(account.damages)
-
-    def join(self, labels: Labels, ranks: Ranks) -> Features:
-        """Join the parts in the shards' order; each is let go as soon as its rows are placed.
-
-        Raises:
-            ManifestError: no rank has any.
-        """
-        stretches = sorted(self.parts)
-        rows = [self.parts[stretch][1] for stretch in stretches]
-        count = sum(map(len, rows))
-        width = max((each.shape[1] for each, _ in self.parts.values() if each is not None), default=0)
-        all_labels = [label for each in rows for label in each.labels]
-        highest = max(
-            (max(label, default=-1) for label in all_labels if isinstance(label, tuple)), default=-1
-        )
-        told = ranks.gather((count, width, highest, dict(self.skipped)))
-        if not any(each[0] for each in told):
-            raise ManifestError(_explain_nothing([each[3] for each in told], labels))
-        features = torch.empty(count, max(each[1] for each in told))
-        begin = 0
-        for stretch in stretches:
-            part = self.parts.pop(stretch)[0]
-            if part is not None:
-                features[begin : begin + len(part)] = part
-                begin += len(part)
-        places = [
-            (stretch.shard, ordinal)
-            for stretch, each in zip(stretches, rows, strict=True)
-            for ordinal in each.ordinals
-        ]
-        classes = labels.classes or 1 + max(each[2] for each in told)
-        return Features(
-            features,
-            _to_tensor(all_labels, classes if labels.multi else None),
-            tuple(key for each in rows for key in each.keys),
-            dict(sorted(self.skipped.items())),
-            torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
-        )
-
-
-def _to_tensor(labels: Sequence[Label | None], classes: int | None) -> Tensor:
-    """Return int64 [N], or of several labels an image bool [N, C]."""
-    if classes is None:
-        return torch.tensor(labels, dtype=torch.int64)
-    hot = torch.zeros(len(labels), classes, dtype=torch.bool)
-    for row, label in zip(hot, labels, strict=True):
-        row[list(label) if isinstance(label, tuple) else []] = True
-    return hot
-
-
 def _sorted(places: Tensor) -> Tensor:
     """Return the order in which places grow."""
     by_ordinal = places[:, 1].argsort(stable=True)
     return by_ordinal[places[by_ordinal, 0].argsort(stable=True)]
 
 
-def _explain_nothing(skipped: Sequence[Mapping[str, int]], labels: Labels) -> str:
-    total = sum((Counter(each) for each in skipped), Counter[str]())
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(total.items()))
-    return f"no image to evaluate with ({counts or 'there are no samples'}); {labels.needed}"
+def _add(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Add up counts by reason, sorted."""
+    return dict(sorted(sum((Counter(each) for each in counts), Counter[str]()).items()))

@@ -103,7 +103,7 @@ class Job:
         folder, ranks = self.folder, self.ranks
         if folder is None:
             return {}
-        listed = ranks.lead(folder.list)
+        listed = ranks.lead(folder.stretches)
         found = ranks.each(lambda: list(_load(folder, listed[ranks.rank :: ranks.world_size], listener)))
         return dict(pair for pairs in found for pair in pairs)
 

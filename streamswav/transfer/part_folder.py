@@ -24,7 +24,8 @@ from streamswav.transfer.stretches import End, Stretch
 INDEX_FILE = "embed.json"
 FORMAT_VERSION = 1
 
-_RECORD = re.compile(r"part-(\d{6,})-(\d{5,})\.json")
+_NAME = re.compile(r"part-(\d{6,})-(\d{5,})")
+_RECORD_END = ".json"
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,17 @@ class PartFolder:
                     self._option, f"{reason}: choose another folder, or remove it", value=redact(self.url)
                 )
 
-    def list(self) -> list[Stretch]:
+    def stretches(self) -> list[Stretch]:
         """Return the stretches that have a record, sorted."""
         names = (info.url.rpartition("/")[2] for info in self._store.list(self.url))
-        found = (_RECORD.fullmatch(name) for name in names)
-        return sorted(Stretch(int(match[1]), int(match[2])) for match in found if match)
+        records = (name.removesuffix(_RECORD_END) for name in names if name.endswith(_RECORD_END))
+        return sorted(stretch for name in records if (stretch := parse_name(name)))
 
     def load(self, stretch: Stretch) -> tuple[Record, dict[str, bytes]] | None:
         """Return a part with its files; None where it is not whole."""
         name = part_name(stretch)
         try:
-            record = read_record(self._store.read(join(self.url, f"{name}.json")), stretch)
+            record = read_record(self._store.read(join(self.url, name + _RECORD_END)), stretch)
             files = {end: self._store.read(join(self.url, name + end)) for end in record.files}
         except (NotFoundError, DataError):
             return None
@@ -106,11 +107,27 @@ class PartFolder:
         name = part_name(record.stretch)
         for end, data in files.items():
             self._store.write(join(self.url, name + end), data)
-        self._store.write(join(self.url, f"{name}.json"), write_record(record))
+        self._store.write(join(self.url, name + _RECORD_END), write_record(record))
 
-    def finish(self, notes: Mapping[str, Any], totals: Mapping[str, Any], records: Sequence[Record]) -> None:
-        """Say that all parts are there."""
-        parts = [[part_name(each.stretch), each.shard, each.images] for each in records]
+    def read_quarantined(self, stretch: Stretch) -> list[dict[str, Any]]:
+        """Return what could not be used of a stretch: shard, reason, byte range, and of a sample its name."""
+        record = read_record(self._store.read(join(self.url, part_name(stretch) + _RECORD_END)), stretch)
+        return [{"shard": record.shard, **_quarantined_json(each)} for each in record.account.quarantined]
+
+    def finish(
+        self,
+        notes: Mapping[str, Any],
+        totals: Mapping[str, Any],
+        listed: Sequence[tuple[Stretch, str, int]],
+    ) -> None:
+        """Say that all parts are there.
+
+        Args:
+            notes: as in `begin`.
+            totals: over all parts.
+            listed: every part, with the key of its shard and its images.
+        """
+        parts = [[part_name(stretch), shard, images] for stretch, shard, images in listed]
         index = {"format_version": FORMAT_VERSION, "about": self._about, "notes": notes}
         whole = _dump({**index, "totals": totals, "parts": parts})
         url = join(self.url, INDEX_FILE)
@@ -121,6 +138,12 @@ class PartFolder:
 def part_name(stretch: Stretch) -> str:
     """Return what the names of a part's files begin with."""
     return f"part-{stretch.shard:06d}-{stretch.number:05d}"
+
+
+def parse_name(name: str) -> Stretch | None:
+    """Return the stretch of a name that `part_name` gave; None for other names."""
+    match = _NAME.fullmatch(name)
+    return Stretch(int(match[1]), int(match[2])) if match else None
 
 
 def summary(data: bytes) -> tuple[int, str]:

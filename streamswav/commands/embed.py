@@ -1,0 +1,153 @@
+"""`streamswav embed`: features, embeddings or clusters of every image of a stream of shards, as tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Any
+
+from streamswav.config import Config
+from streamswav.drain import Drain, drain_on_signals
+from streamswav.errors import ConfigError, StreamswavError
+
+if TYPE_CHECKING:
+    from streamswav.transfer.embed import EmbedSettings
+
+_USAGE = "streamswav embed --checkpoint PATH --to DIR [options] [--section.key value]... URL..."
+_EPILOG = """\
+URLs are prefixes, globs, brace patterns, tars or @FILE lists, as for pretrain. Of the configuration it heeds
+storage, labels, stream.where, stream.exclude, stream.skip_ratio, stream.skip_probation, training.threads and
+watchdog. Several ranks share the work: streamswav launch --nproc-per-node 8 embed ...
+A second start of the same command goes on where the first was ended, on any number of ranks and workers.
+
+exit codes: 0 done · 75 stopped by a signal, the same command goes on · 78 do not restart before something was
+changed (the message says what) · 1 anything else
+"""
+_LEADER_FIRST_SECONDS = 2.0
+_MOST_WORKERS = 8
+
+
+def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `run_embed`."""
+    parser.usage, parser.epilog = _USAGE, _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="a run, a checkpoint, or a file of weights")
+    add("--to", required=True, metavar="DIR", help="folder for the tables; local or s3://")
+    add(
+        "--what",
+        default="features",
+        metavar="LIST",
+        help="of features (default), embeddings, scores, clusters, codes; several with commas",
+    )
+    add("--layout", default="npy", metavar="NAME", help="npy (default) or parquet")
+    add("--float16", action="store_true", help="half precision in the tables")
+    add("--top", type=_count, default=8, metavar="N", help="largest entries kept of a code (default: 8)")
+    add("--part", type=_count, default=4096, metavar="SAMPLES", help="of a shard in a part (default: 4096)")
+    add("--resize", type=_count, metavar="PIXELS", help="shorter side (default: from the crop)")
+    add("--crop", type=_count, metavar="PIXELS", help="centre crop (default: the run's first crop size)")
+    add("--batch", type=_count, default=256, metavar="IMAGES", help="through the network at once")
+    add("--workers", type=_whole, metavar="N", help="processes a rank that decode (default: the cores)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    parser.set_defaults(words=[])
+
+
+def run_embed(args: argparse.Namespace, *, given: Config) -> None:
+    """Embed the shards, and print what was done as JSON.
+
+    Args:
+        args: parsed by a parser that `add_embed_arguments` prepared; `words` are its URLs.
+        given: as `streamswav.transfer.embed.embed` says.
+
+    Raises:
+        DrainedError: stopped by a signal; the same command goes on.
+        StreamswavError: as `streamswav.transfer.embed.embed`.
+    """
+    if not args.words:
+        raise ConfigError("embed", "say where the shards are, as streamswav embed ... s3://bucket/shards/")
+    with drain_on_signals() as drain:
+        summary = _embed(args, given, drain)
+    if summary:
+        sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+
+
+def _embed(args: argparse.Namespace, given: Config, drain: Drain) -> dict[str, Any]:
+    """Join the ranks and embed; the summary is rank 0's, empty on others."""
+    # torch takes seconds to import: a signal is heard meanwhile.
+    import torch  # noqa: PLC0415
+
+    from streamswav.telemetry.progress import Reporter  # noqa: PLC0415
+    from streamswav.training.distributed import (  # noqa: PLC0415
+        join_ranks,
+        local_world_size,
+        own_heartbeat,
+        own_rank,
+    )
+    from streamswav.training.watchdog import watch  # noqa: PLC0415
+    from streamswav.transfer.embed import embed  # noqa: PLC0415
+
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+    torch.set_num_threads(given.training.threads or cores)
+    settings = _settings(args, cores)
+    settings.check()
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(watch(given.watchdog, own_heartbeat(), rank=own_rank()))
+        ranks = stack.enter_context(join_ranks(args.device))
+        reporter = stack.enter_context(closing(Reporter(silent=not ranks.leads)))
+
+        def alive() -> None:
+            drain.patient = True  # from the first batch on there is something to write first
+            watchdog.enter("evaluation")
+
+        try:
+            summary = embed(
+                args.checkpoint,
+                args.words,
+                args.to,
+                settings=settings,
+                config=given,
+                ranks=ranks,
+                reporter=reporter,
+                give_up=drain,
+                alive=alive,
+            )
+        except StreamswavError as error:
+            if ranks.leads:
+                raise
+            # All ranks have the same error. Rank 0 tells it, in time: a launcher ends the others as soon as
+            # one has gone.
+            time.sleep(_LEADER_FIRST_SECONDS)
+            raise SystemExit(error.exit_code) from None
+        return summary if ranks.leads else {}
+
+
+def _settings(args: argparse.Namespace, cores: int) -> EmbedSettings:
+    from streamswav.transfer.embed import EmbedSettings  # noqa: PLC0415
+    from streamswav.transfer.embedder import Wanted  # noqa: PLC0415
+
+    what = tuple(each.strip() for each in args.what.split(",") if each.strip())
+    return EmbedSettings(
+        Wanted(what, top=args.top, float16=args.float16),
+        layout=args.layout,
+        part=args.part,
+        resize=args.resize,
+        crop=args.crop,
+        batch=args.batch,
+        workers=min(cores, _MOST_WORKERS) if args.workers is None else args.workers,
+    )
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if _whole(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
+    return int(text)
