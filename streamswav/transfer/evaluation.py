@@ -1,119 +1,279 @@
-"""A checkpoint against its baselines: one pass over the images for all of them, and for all protocols."""
+"""A trunk against its baselines: one pass over the images for all of them, and for all protocols."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from streamswav.config import CropsSection, StorageSection
-from streamswav.errors import ConfigError
+from streamswav.config import CropsSection, LabelsSection, StorageSection
+from streamswav.errors import ConfigError, DrainedError, NonFiniteError
 from streamswav.models import Trunk
+from streamswav.stream.labels import Labels, load_labels
 from streamswav.stream.manifest import list_manifest
-from streamswav.stream.store import Store, redact
+from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.progress import Reporter
-from streamswav.transfer.features import Features, Preprocessing, extract
+from streamswav.training.distributed import Ranks, local_world_size
+from streamswav.transfer.baselines import SideBySide, make_columns
+from streamswav.transfer.features import Features, Preprocessing, extract, gather_features
 from streamswav.transfer.knn import KnnSettings, measure_knn
-from streamswav.transfer.linear import PROTOCOL, LinearSettings, measure_linear
-from streamswav.transfer.results import DataUsed, Results, Value, to_value
-from streamswav.transfer.weights import TrunkInfo, open_trunk, untrained_trunk
+from streamswav.transfer.labelled_sets import describe_set, flat_places, index_classes, number_classes
+from streamswav.transfer.linear import LinearSettings, measure_linear
+from streamswav.transfer.protocols import knn_values, linear_values, svm_value
+from streamswav.transfer.results import Results, Value
+from streamswav.transfer.svm import SvmSettings, check_svm, measure_svm
+from streamswav.transfer.together import Together
+from streamswav.transfer.weights import TrunkInfo, open_trunk
 
-PROTOCOLS = ("knn", "linear")
-BASELINES = ("untrained", "pixels")
+__all__ = ["PROTOCOLS", "Wanted", "choose_preprocessing", "evaluate", "index_classes"]
+
+PROTOCOLS = ("knn", "linear", "svm")
 
 _SMALL_IMAGE = 64
-_PIXELS_EDGE = 32
 _MOST_WORKERS = 8
 _REPORT_SECONDS = 10.0
-_KNN = KnnSettings()
-_LINEAR = LinearSettings()
+_PART = 8192
+_ALONE = Ranks()
 _STORAGE = StorageSection()
+_LABELS = LabelsSection()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured, and how.
+
+    Attributes:
+        protocols: of `PROTOCOLS`.
+        baselines: of `BASELINES`: the trunk as the run began it; the pixels, at most 32 x 32 of them.
+        knn: how neighbours vote.
+        linear: how linear classifiers are trained.
+        svm: how SVMs are trained.
+        resize: shorter side in pixels; by default 256/224 of the crop, or the crop itself below 64 pixels.
+        crop: centre crop in pixels; by default the first of the run's crop sizes.
+        limit: use only about so many images of each set.
+        batch: images through the trunk at once.
+        workers: processes of each rank that decode; by default one a core, 8 at most.
+        features: folder, local or s3://, where features are kept as they come; empty: they are not.
+        half: hold the training features in float16.
+    """
+
+    protocols: Sequence[str] = ("knn", "linear")
+    baselines: Sequence[str] = ()
+    knn: KnnSettings = field(default_factory=KnnSettings)
+    linear: LinearSettings = field(default_factory=LinearSettings)
+    svm: SvmSettings = field(default_factory=SvmSettings)
+    resize: int | None = None
+    crop: int | None = None
+    limit: int | None = None
+    batch: int = 256
+    workers: int | None = None
+    features: str = ""
+    half: bool = False
 
 
 def evaluate(
     checkpoint: str,
     train: Sequence[str],
     test: Sequence[str],
+    wanted: Wanted | None = None,
     *,
-    protocols: Sequence[str] = PROTOCOLS,
-    baselines: Sequence[str] = (),
-    knn: KnnSettings = _KNN,
-    linear: LinearSettings = _LINEAR,
-    resize: int | None = None,
-    crop: int | None = None,
-    limit: int | None = None,
-    batch: int = 256,
-    workers: int | None = None,
-    device: str = "auto",
+    command: str = "evaluate",
     storage: StorageSection = _STORAGE,
+    labels: LabelsSection = _LABELS,
+    ranks: Ranks = _ALONE,
     reporter: Reporter | None = None,
-) -> Results:
-    """Measure a checkpoint and its baselines.
+    stop: Callable[[], bool] = lambda: False,
+) -> Results | None:
+    """Measure a trunk and its baselines.
+
+    Ranks share the images, and the search for neighbours; classifiers are then trained by rank 0.
 
     Args:
-        checkpoint: folder of a run or of a checkpoint.
+        checkpoint: whatever `load_trunk` reads.
         train: labelled shards that neighbours and classifiers come from.
         test: labelled shards that are classified.
-        protocols: of `PROTOCOLS`.
-        baselines: of `BASELINES`: the trunk as the run began it; the pixels, at most 32 x 32 of them.
-        knn: how neighbours vote.
-        linear: how the linear classifier is trained.
-        resize: shorter side in pixels; by default 256/224 of the crop, or the crop itself below 64 pixels.
-        crop: centre crop in pixels; by default the first of the run's crop sizes.
-        limit: use only about so many images of each set.
-        batch: images through the trunk at once.
-        workers: processes that decode; by default one a core, 8 at most.
-        device: auto, cpu or cuda.
+        wanted: what is measured.
+        command: that is named in the results.
         storage: fields that are set here override those of the run's configuration.
+        labels: where labels come from.
+        ranks: who measure, each on its device.
         reporter: is told how far it is.
+        stop: whether to stop; asked every few seconds at most.
+
+    Returns:
+        What was found on rank 0, None on the others.
 
     Raises:
         CheckpointError: there is no such checkpoint.
         ConfigError: settings that cannot work.
         DataError: the shards hold no labelled images.
+        DrainedError: `stop` said so.
         StorageError: a location that cannot be read.
     """
-    trunk, info = open_trunk(checkpoint, storage=storage)
-    wanted = choose_preprocessing(info.config.crops, resize=resize, crop=crop)
-    columns = _columns(trunk, info, baselines, edge=min(wanted.crop, _PIXELS_EDGE))
-    where = _device(device)
-    own_storage = info.config.storage.model_copy(update=storage.model_dump(exclude_unset=True))
-    if "knn" in protocols:
-        _check_neighbours(knn, train, Store(own_storage), limit=limit)
+    wanted = wanted or Wanted()
+    if "svm" in wanted.protocols:
+        check_svm()
+    trunk, info = _open(checkpoint, storage, ranks)
+    storage = info.config.storage.model_copy(update=storage.model_dump(exclude_unset=True))
+    work = _Work(wanted, trunk, info, storage, ranks, reporter, stop)
+    return work.run(train, test, labels, command)
 
-    def read(role: str, urls: Sequence[str]) -> Features:
-        return extract(
-            _SideBySide(columns.values()),
-            urls,
-            preprocessing=wanted,
-            storage=own_storage,
-            workers=_default_workers() if workers is None else workers,
-            batch=batch,
-            device=where,
-            limit=limit,
-            on_images=_progress(reporter, role),
+
+@dataclass(frozen=True)
+class _Work:
+    """One evaluation on one rank."""
+
+    wanted: Wanted
+    trunk: Trunk
+    info: TrunkInfo
+    storage: StorageSection
+    ranks: Ranks
+    reporter: Reporter | None
+    stop: Callable[[], bool]
+
+    def run(
+        self, train: Sequence[str], test: Sequence[str], labels: LabelsSection, command: str
+    ) -> Results | None:
+        wanted, store = self.wanted, Store(self.storage)
+        preprocessing = choose_preprocessing(self.info.config.crops, resize=wanted.resize, crop=wanted.crop)
+        columns = make_columns(self.trunk, self.info, wanted.baselines, crop=preprocessing.crop)
+        if "knn" in wanted.protocols:
+            self.ranks.lead(lambda: self._check_neighbours(train, store))
+        sets = []
+        for role, urls in (("train", train), ("test", test)):
+            source = self.ranks.lead(lambda role=role: load_labels(labels, store, split=role))  # type: ignore[misc]
+            sets.append(self._read(role, urls, source, SideBySide(columns.values()), preprocessing))
+            if role == "train" and "knn" in wanted.protocols:
+                self._fit_neighbours(sum(self.ranks.gather(len(sets[0].keys))))
+        learnt, asked = sets
+        widths = [each.feature_dim for each in columns.values()]
+        data = {
+            role: describe_set(found, urls, store, labels, self.ranks)
+            for role, found, urls in (("train", learnt, train), ("test", asked, test))
+        }
+        values = self._measure(dict(zip(columns, widths, strict=True)), learnt, asked)
+        if values is None:
+            return None
+        return Results(
+            _describe(self.info, self.trunk.feature_dim),
+            data,
+            asdict(preprocessing),
+            self._seeds(multi=learnt.labels.dim() == 2),
+            values,
+            command,
         )
 
-    learnt = read("train", train)
-    if "knn" in protocols:
-        _fit_neighbours(knn, len(learnt.labels), reporter)
-    asked = read("test", test)
-    labels = index_classes(learnt.labels, asked.labels)
-    values: list[Value] = []
-    begin = 0
-    for column, module in columns.items():
-        own = slice(begin, begin + module.feature_dim)
-        begin = own.stop
-        sets = (learnt.features[:, own], asked.features[:, own])
-        values += _measure(column, sets, labels, protocols=protocols, knn=knn, linear=linear, device=where)
-    data = {"train": _used(learnt, train), "test": _used(asked, test)}
-    seeds = {"untrained": info.config.stream.seed, "linear": linear.seed}
-    return Results(_describe(info, trunk.feature_dim), data, asdict(wanted), seeds, values)
+    def _read(
+        self,
+        role: str,
+        urls: Sequence[str],
+        labels: Labels,
+        module: SideBySide,
+        preprocessing: Preprocessing,
+    ) -> Features:
+        wanted = self.wanted
+        found = extract(
+            module.eval(),
+            urls,
+            preprocessing=preprocessing,
+            storage=self.storage,
+            labels=labels,
+            ranks=self.ranks,
+            keep=join(wanted.features, role) if wanted.features else "",
+            workers=_default_workers() if wanted.workers is None else wanted.workers,
+            batch=wanted.batch,
+            device=self.ranks.device,
+            limit=wanted.limit,
+            give_up=self.stop,
+            on_images=_progress(self.reporter, role),
+        )
+        return replace(found, features=_halve(found.features)) if wanted.half and role == "train" else found
+
+    def _measure(self, widths: dict[str, int], learnt: Features, asked: Features) -> list[Value] | None:
+        """Let all ranks search for neighbours, then rank 0 train classifiers; return its values."""
+        begins = [0, *accumulate(widths.values())]
+        columns = {name: slice(*own) for name, own in zip(widths, pairwise(begins), strict=True)}
+        found: dict[str, list[Value]] = {name: [] for name in columns}
+        if "knn" in self.wanted.protocols:
+            for name, own in columns.items():
+                found[name] += self._neighbours(name, own, learnt, asked)
+        classifiers = [each for each in self.wanted.protocols if each != "knn"]
+        if classifiers:
+            whole = [gather_features(each, self.ranks) for each in (learnt, asked)]
+            together = Together(self.ranks, facts=lambda: None, on_facts=lambda _: None, give_up=self.stop)
+
+            def train() -> None:
+                sets = [each for each in whole if each is not None]
+                for name, own in columns.items() if sets else ():
+                    found[name] += self._classify(name, own, *sets, alive=together.look)
+
+            together.run(train)
+        return [value for values in found.values() for value in values] if self.ranks.leads else None
+
+    def _neighbours(self, name: str, own: slice, learnt: Features, asked: Features) -> list[Value]:
+        train, test, classes = number_classes(learnt.labels, asked.labels, self.ranks)
+        found = measure_knn(
+            learnt.features[:, own],
+            train,
+            asked.features[:, own],
+            test,
+            classes=classes,
+            settings=self.wanted.knn,
+            ranks=self.ranks,
+            places=flat_places(learnt.places),
+            alive=self._go_on,
+        )
+        return list(knn_values(name, found, self.wanted.knn, half=self.wanted.half))
+
+    def _classify(
+        self, name: str, own: slice, learnt: Features, asked: Features, *, alive: Callable[[], None]
+    ) -> Iterator[Value]:
+        train, test, classes = number_classes(learnt.labels, asked.labels, _ALONE)
+        sets = (learnt.features[:, own], train, asked.features[:, own], test)
+        wanted = self.wanted
+        if "linear" in wanted.protocols:
+            device = self.ranks.device
+            measured = measure_linear(
+                *sets, classes=classes, settings=wanted.linear, device=device, alive=alive
+            )
+            yield from linear_values(name, measured, wanted.linear)
+        if "svm" in wanted.protocols:
+            yield svm_value(
+                name, measure_svm(*sets, classes=classes, settings=wanted.svm, alive=alive), wanted.svm
+            )
+
+    def _go_on(self) -> None:
+        if self.stop():
+            raise DrainedError("stopped by a signal before all was measured: the same command begins again")
+
+    def _check_neighbours(self, urls: Sequence[str], store: Store) -> None:
+        """Refuse a k that is larger than what the shards' producers counted, before any image is read."""
+        counted, limit = list_manifest(urls, store).samples, self.wanted.limit
+        if counted is not None:
+            self.wanted.knn.fit(counted if limit is None else min(counted, limit))
+
+    def _fit_neighbours(self, images: int) -> None:
+        """Refuse, or tell of, each k that the images are too few for, before the test images are read."""
+        used, left_out = self.wanted.knn.fit(images), self.wanted.knn.left_out(images)
+        if left_out and self.reporter:
+            out, used_text = (", ".join(map(str, group)) for group in (left_out, used))
+            text = f"k = {out} is left out, k = {used_text} is used: there are only {images} training images"
+            self.reporter.event("neighbours", text, images=images)
+
+    def _seeds(self, *, multi: bool) -> dict[str, int]:
+        wanted, seeds = self.wanted, {"untrained": self.info.config.stream.seed}
+        if "linear" in wanted.protocols:
+            seeds["linear"] = wanted.linear.seed
+        if "svm" in wanted.protocols:
+            seeds["svm"] = wanted.svm.seed
+        if multi or "svm" in wanted.protocols:
+            seeds["bootstrap"] = 0
+        return seeds
 
 
 def choose_preprocessing(
@@ -131,107 +291,19 @@ def choose_preprocessing(
     return Preprocessing(resize, crop, crops.mean, crops.std, crops.max_pixels, crops.exif_orientation)
 
 
-class RawPixels(nn.Module):
-    """Takes the place of a trunk: the pixels themselves, from 0 to 1, as features.
+def _open(checkpoint: str, storage: StorageSection, ranks: Ranks) -> tuple[Trunk, TrunkInfo]:
+    """Open the trunk that rank 0 finds: a run may save a newer one meanwhile."""
+    opened: list[tuple[Trunk, TrunkInfo]] = []
 
-    Args:
-        edge: larger images are brought to this many pixels a side.
-        mean: of the normalisation that is undone.
-        std: likewise.
+    def open_it(path: str) -> str:
+        opened.append(open_trunk(path, storage=storage))
+        return opened[0][1].url
 
-    Attributes:
-        feature_dim: F = 3 * edge * edge, for images of at least that size.
-    """
-
-    def __init__(self, edge: int, *, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self._edge, self.feature_dim = edge, 3 * edge * edge
-        self._mean, self._std = (torch.tensor(each)[:, None, None] for each in (mean, std))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return normalised images [B, 3, S, S] as [B, F]."""
-        plain = images * self._std.to(images.device) + self._mean.to(images.device)
-        size = (self._edge, self._edge)
-        return F.interpolate(plain, size=size, mode="bilinear", antialias=True).flatten(1)
-
-
-def index_classes(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Number the classes that occur in training from 0, whatever their labels.
-
-    Args:
-        train: labels [N].
-        test: labels [M].
-
-    Returns:
-        Classes [N], classes [M] (-1 for a label that no training image has), and their number.
-    """
-    names, classes = torch.unique(train, return_inverse=True)
-    places = torch.searchsorted(names, test).clamp(max=len(names) - 1)
-    return classes, places.where(names[places] == test, -1), len(names)
-
-
-class _SideBySide(nn.Module):
-    """Several modules on the same images, their features joined: images are read and decoded once."""
-
-    def __init__(self, parts: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([part(images) for part in self.parts], dim=1)
-
-
-def _check_neighbours(knn: KnnSettings, urls: Sequence[str], store: Store, *, limit: int | None) -> None:
-    """Refuse a k that is larger than what the shards' producers counted, before any image is read."""
-    counted = list_manifest(urls, store).samples
-    if counted is not None:
-        knn.fit(counted if limit is None else min(counted, limit))
-
-
-def _fit_neighbours(knn: KnnSettings, images: int, reporter: Reporter | None) -> None:
-    """Refuse, or tell of, each k that the images are too few for; the test images are still to be read."""
-    used, left_out = knn.fit(images), knn.left_out(images)
-    if left_out and reporter:
-        names = [", ".join(map(str, group)) for group in (left_out, used)]
-        text = f"k = {names[0]} is left out, k = {names[1]} is used: there are only {images} training images"
-        reporter.event("neighbours", text, images=images)
-
-
-def _columns(
-    trunk: Trunk, info: TrunkInfo, baselines: Sequence[str], *, edge: int
-) -> dict[str, Trunk | RawPixels]:
-    columns: dict[str, Trunk | RawPixels] = {"checkpoint": trunk}
-    if "untrained" in baselines:
-        columns["untrained"] = untrained_trunk(info.config, info.config.stream.seed)
-    if "pixels" in baselines:
-        crops = info.config.crops
-        columns["pixels"] = RawPixels(edge, mean=crops.mean, std=crops.std)
-    return columns
-
-
-def _measure(
-    column: str,
-    features: tuple[Tensor, Tensor],
-    labels: tuple[Tensor, Tensor, int],
-    *,
-    protocols: Sequence[str],
-    knn: KnnSettings,
-    linear: LinearSettings,
-    device: torch.device,
-) -> Iterator[Value]:
-    train_labels, test_labels, classes = labels
-    sets = (features[0], train_labels, features[1], test_labels)
-    if "knn" in protocols:
-        found = measure_knn(*sets, classes=classes, settings=knn, device=device)
-        for vote, measured in found.items():
-            name = f"kNN, k = {vote.k}"
-            if len(knn.temperatures) > 1:
-                name += f", T = {vote.temperature:g}"
-            yield to_value(name, {**vote._asdict(), "similarity": "cosine"}, column, measured)
-    if "linear" in protocols:
-        accuracy = measure_linear(*sets, classes=classes, settings=linear, device=device)
-        settings = {**asdict(linear), "reported": "last epoch", "features": PROTOCOL}
-        yield to_value("linear", settings, column, accuracy)
+    url = ranks.lead(lambda: open_it(checkpoint))
+    if ranks.world_size > 1:
+        path = checkpoint if url == redact(checkpoint) else url
+        ranks.each(lambda: None if ranks.leads else open_it(path))
+    return opened[0]
 
 
 def _describe(info: TrunkInfo, features: int) -> dict[str, object]:
@@ -244,23 +316,20 @@ def _describe(info: TrunkInfo, features: int) -> dict[str, object]:
         "checkpoint": info.url,
         "step": info.step,
         "images": info.images,
+        "layout": info.layout,
     }
 
 
-def _used(features: Features, urls: Sequence[str]) -> DataUsed:
-    shown = [redact(url) for url in urls]
-    return DataUsed(shown, len(features.labels), len(set(features.labels.tolist())), features.skipped)
-
-
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError("--device", "there is no CUDA device here", value=name)
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+def _halve(features: Tensor) -> Tensor:
+    half = features.half()
+    if not all(part.isfinite().all() for part in torch.split(half, _PART)):
+        raise NonFiniteError("some features are too large for float16; leave --half out")
+    return half
 
 
 def _default_workers() -> int:
-    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    """Return how many a rank has: one a core, shared among the ranks of the machine."""
+    return max(1, min(len(os.sched_getaffinity(0)) // local_world_size(), _MOST_WORKERS))
 
 
 def _progress(reporter: Reporter | None, what: str) -> Callable[[int], None]:

@@ -89,6 +89,11 @@ class HeadBank(nn.Module):
         )
         return each.view(heads, images).mean(dim=1).sum()
 
+    @property
+    def layers(self) -> tuple[nn.Linear, ...]:
+        """The classifiers, each a linear layer."""
+        return tuple(each for each in self.heads if isinstance(each, nn.Linear))
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return an optimizer's group for each head: `params`, `lr` (its rate) and `weight_decay`."""
         return [

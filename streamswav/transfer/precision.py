@@ -9,7 +9,9 @@ A label of -1 takes the image out of that class.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -79,6 +81,13 @@ def measure_precision(scores: Tensor, labels: Tensor, *, seed: int = BOOTSTRAP_S
     return MeanPrecision(whole, eleven, images, len(there), classes - len(there), intervals)
 
 
+def quick_mean(scores: Tensor, labels: Tensor) -> float:
+    """Return the mean average precision by all points, without an interval; 0 without any positive."""
+    each = [average_precision(*column)[0] for column in zip(scores.T, labels.T, strict=True)]
+    there = [found for found in each if not math.isnan(found)]
+    return fmean(there) if there else 0.0
+
+
 def average_precision(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     """Return average precision of scores [N] and labels [N] by all points and by eleven.
 
@@ -99,7 +108,7 @@ def _draw(images: int, resamples: int, seed: int) -> Tensor:
 def _of_class(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     """Return both precisions [2, 1 + R] of one class: as it is, then with each row of counts [R, N]."""
     counted = labels >= 0
-    scores, positive = scores[counted], labels[counted] > 0
+    scores, positive = scores[counted].nan_to_num(nan=-torch.inf), labels[counted] > 0
     scores, order = scores.sort(descending=True, stable=True)
     positive = positive[order]
     last = torch.ones(len(scores), dtype=torch.bool)

@@ -104,6 +104,7 @@ class DataUsed:
         skipped: samples and stretches that were not used, by reason.
         digest: over keys and labels of the images that were used, in whatever shards they lie.
         shards: digest of the manifest: names and sizes of the shards.
+        labels: where labels came from: a table, or a member of the samples.
     """
 
     urls: Sequence[str]
@@ -112,6 +113,7 @@ class DataUsed:
     skipped: Mapping[str, int] = field(default_factory=dict)
     digest: str = ""
     shards: str = ""
+    labels: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,15 @@ from tiny_run import save_tiny_run, tiny_config
 from streamswav.commands import evaluate as command
 from streamswav.config import Config, CropsSection, StorageSection
 from streamswav.errors import EXIT_CONFIG, CheckpointError, ConfigError, DeniedError
-from streamswav.transfer.evaluation import RawPixels, choose_preprocessing, evaluate, index_classes
+from streamswav.transfer.baselines import RawPixels
+from streamswav.transfer.evaluation import Wanted, choose_preprocessing, evaluate
+from streamswav.transfer.labelled_sets import index_classes
 
 CLASSES = 4
 PARTS = {
     "knn": (command.add_knn_arguments, command.run_knn),
     "linear": (command.add_linear_arguments, command.run_linear),
+    "svm": (command.add_svm_arguments, command.run_svm),
     "evaluate": (command.add_evaluate_arguments, command.run_evaluate),
 }
 
@@ -182,10 +185,8 @@ def test_a_bucket_is_read_with_the_endpoint_given_not_with_the_runs_own(given, s
         f"{bucket}/run",
         [f"{bucket}/train"],
         [f"{bucket}/test"],
-        protocols=["knn"],
-        workers=0,
+        Wanted(protocols=["knn"], workers=0, knn=command.KnnSettings((5,))),
         storage=s3.section,
-        knn=command.KnnSettings((5,)),
     )
     assert results.data["train"].images == 80
 
