@@ -23,13 +23,14 @@ from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
 from streamswav.heartbeat import FOLDER_VARIABLE, attach
 
 _INTERRUPTED = 130
-_WITH_RANKS = ("pretrain", "cooldown", "finetune")
+_WITH_RANKS = ("pretrain", "cooldown", "finetune", "embed")
 
 _OF_MODULES = {
     "audit": ("audit", "audit", "account for every sample of a run, trained or not"),
     "knn": ("evaluate", "knn", "measure a trunk by the nearest neighbours of its features"),
     "linear": ("evaluate", "linear", "measure a trunk by a linear classifier on its features"),
     "evaluate": ("evaluate", "evaluate", "measure a trunk by kNN and linear classifier on the same features"),
+    "embed": ("embed", "embed", "write what a network says of every image, as tables"),
     "export": ("export", "export", "write a trunk for torchvision, timm, detectron2, ONNX and others"),
 }
 """Commands with arguments of their own: module below `commands`, X of `add_X_arguments` and `run_X`, help.
@@ -73,6 +74,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     if rest and not arguments.takes_keys:
         parser.error(f"{rest[0]} is not understood by {arguments.command}")
+    if hasattr(arguments, "words"):
+        arguments.words, rest = _split_urls(rest)
     arguments.keys = rest
     return arguments
 
@@ -232,8 +235,6 @@ def _of_module(command: str, function: str) -> Any:
 
 
 def _run_module(arguments: argparse.Namespace) -> None:
-    if hasattr(arguments, "words"):
-        arguments.words, arguments.keys = _split_urls(arguments.keys)
     given = load_config(None, os.environ, arguments.keys)
     _of_module(arguments.command, "run_{}")(arguments, given=given)
 
