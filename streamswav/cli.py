@@ -23,13 +23,15 @@ from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
 from streamswav.heartbeat import FOLDER_VARIABLE, attach
 
 _INTERRUPTED = 130
-_WITH_RANKS = ("pretrain", "cooldown", "finetune", "embed")
+_WITH_RANKS = ("pretrain", "cooldown", "finetune", "embed", "knn", "linear", "svm", "evaluate")
 
 _OF_MODULES = {
     "audit": ("audit", "audit", "account for every sample of a run, trained or not"),
     "knn": ("evaluate", "knn", "measure a trunk by the nearest neighbours of its features"),
-    "linear": ("evaluate", "linear", "measure a trunk by a linear classifier on its features"),
-    "evaluate": ("evaluate", "evaluate", "measure a trunk by kNN and linear classifier on the same features"),
+    "linear": ("evaluate", "linear", "measure a trunk by linear classifiers on its features"),
+    "svm": ("evaluate", "svm", "measure a trunk by linear SVMs on its features"),
+    "evaluate": ("evaluate", "evaluate", "measure a trunk by several of these on the same features"),
+    "compare": ("compare", "compare", "show results of several measurements side by side"),
     "embed": ("embed", "embed", "write what a network says of every image, as tables"),
     "export": ("export", "export", "write a trunk for torchvision, timm, detectron2, ONNX and others"),
 }
