@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from streamswav.errors import CheckpointError, ConfigError
 from streamswav.transfer.constructors import detectron2_settings
-from streamswav.transfer.export_graphs import OPSET, Classified, check_onnx, write_onnx, write_program
+from streamswav.transfer.export_graphs import Classified, check_onnx, write_onnx, write_program
 from streamswav.transfer.export_layouts import to_detectron2, to_reference, to_torchvision
 from streamswav.transfer.export_source import Source
 
@@ -67,17 +67,10 @@ class Format:
     Attributes:
         file: its name in a folder.
         write: makes it; it is read back before it counts.
-        text: what it is, in words.
     """
 
     file: str
     write: Callable[[Job, Path], None]
-    text: str
-
-    @property
-    def suffix(self) -> str:
-        """What a name of the user's own has to end with."""
-        return self.file[self.file.index(".") :]
 
 
 def formats_named(names: Sequence[str]) -> list[str]:
@@ -145,7 +138,7 @@ def _write_program(job: Job, path: Path) -> None:
 def _save(state: State, path: Path, around: Mapping[str, object] | None = None) -> None:
     """Write tensors, below `model` where there is something around them."""
     torch.save(state if around is None else {"model": state, **around}, path)
-    read = torch.load(path, map_location="cpu", weights_only=True)
+    read = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     _compare(read if around is None else read["model"], state, path)
 
 
@@ -162,13 +155,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 FORMATS = {
-    "torchvision": Format("torchvision.pth", _write_torchvision, "torchvision's names"),
-    "timm": Format("timm.pth", _write_torchvision, "timm's names"),
-    "safetensors": Format("model.safetensors", _write_safetensors, "torchvision's names"),
-    "reference": Format("reference.pth", _write_reference, "the names of the published SwAV weights"),
-    "detectron2": Format("detectron2.pth", _write_detectron2, "detectron2's names"),
-    "onnx": Format("model.onnx", _write_onnx, f"ONNX, opset {OPSET}"),
-    "torch.export": Format("model.pt2", _write_program, "torch.export"),
+    "torchvision": Format("torchvision.pth", _write_torchvision),
+    "timm": Format("timm.pth", _write_torchvision),
+    "safetensors": Format("model.safetensors", _write_safetensors),
+    "reference": Format("reference.pth", _write_reference),
+    "detectron2": Format("detectron2.pth", _write_detectron2),
+    "onnx": Format("model.onnx", _write_onnx),
+    "torch.export": Format("model.pt2", _write_program),
 }
 ALL = "all"
 DEFAULT = ("torchvision", "safetensors")

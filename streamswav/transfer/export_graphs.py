@@ -1,6 +1,8 @@
 """A trunk as a graph of operators, for programs without this package: ONNX and torch.export.
 
-Both take any number of images of any size, in float32.
+Both take any number of images, in float32. ONNX takes them in any size. torch.export looks at memory formats
+while it traces, which are others for maps of one pixel: so the size must be such that the last map has more
+pixels than one, as it has at the run's crops; or one, where it has one there.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from streamswav.errors import ConfigError
+from streamswav.models import Trunk
 
 OPSET = 18
 INPUT = "images"
@@ -102,6 +105,14 @@ def write_program(module: nn.Module, path: Path, *, size: int, about: str) -> No
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(read(images), module(images))
+
+
+def sizes_taken(trunk: Trunk, size: int) -> str:
+    """Say in words which images a program takes that was traced with those of `size` pixels."""
+    stages = (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4)
+    halved = sum(not isinstance(each, nn.Identity) for each in (trunk.maxpool, *stages[1:]))
+    stride = int(trunk.conv1.stride[0]) << halved
+    return f"more than {stride}" if size > stride else f"at most {stride}"
 
 
 def outputs(module: nn.Module) -> tuple[str, ...]:

@@ -110,8 +110,8 @@ def _choose_classifier(
         if match := _HEAD.fullmatch(name):
             found.setdefault(int(match["number"] or 0), {})[match["kind"]] = tensor.float()
     if head is not None and head not in found:
-        there = f"classifiers 0 to {max(found)}" if found else "no classifier"
-        raise ConfigError("--head", f"there is {there} in it", value=head)
+        there = f"its classifiers are 0 to {max(found)}" if found else "there is no classifier in it"
+        raise ConfigError("--head", there, value=head)
     if head is None and len(found) > 1:
         tell(
             f"{len(found)} classifiers were trained side by side, none is exported; --head 0 takes the first"

@@ -18,6 +18,7 @@ from streamswav.transfer.constructors import (
     timm_lines,
     torchvision_lines,
 )
+from streamswav.transfer.export_graphs import sizes_taken
 from streamswav.transfer.export_source import Source, without_secrets
 from streamswav.transfer.features import Preprocessing
 
@@ -100,7 +101,8 @@ def load_lines(name: str, file: str, source: Source, size: int) -> list[str]:
                 f'features, *scores = session.run(None, {{"images": {zeros}}})',
             ]
         case "torch.export":
-            lines = ["import torch", f'model = torch.export.load("{file}").module()', images]
+            taken = f"  # {sizes_taken(trunk, size)} pixels wide and high"
+            lines = ["import torch", f'model = torch.export.load("{file}").module()', images + taken]
             return [*lines, "features, scores = model(images)" if classes else "features = model(images)"]
         case "detectron2":
             return ["import torch", f'weights = {loaded}["model"]']
