@@ -94,6 +94,9 @@ def _build_parser(command: str) -> Parser:
     pretrain = _add_command(commands, "pretrain", _train, "train a trunk on tar shards, in one pass")
     pretrain.formatter_class = argparse.RawDescriptionHelpFormatter
     pretrain.epilog = _PRETRAIN_HELP
+    pretrain.add_argument(
+        "--init", metavar="PATH", help="--model.init: a run, checkpoint or file that a new run begins with"
+    )
     pretrain.add_argument("--print-config", action="store_true", help="show the configuration and end")
     finetune = _add_command(
         commands, "finetune", _train, "train trunk and head on labelled shards, and measure them"
@@ -166,10 +169,10 @@ def _launch(arguments: Sequence[str]) -> int:
 
 def _read_config(arguments: argparse.Namespace) -> Config:
     file, given = getattr(arguments, "config", None), list(arguments.keys)
+    if getattr(arguments, "init", None) is not None:
+        given += ["--model.init", "" if arguments.init == "scratch" else arguments.init]
     if arguments.command != "finetune":
         return load_config(file, os.environ, given)
-    if arguments.init is not None:
-        given += ["--model.init", "" if arguments.init == "scratch" else arguments.init]
     return load_config(file, os.environ, given, base=FINETUNE_BASE)
 
 

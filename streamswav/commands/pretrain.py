@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from streamswav.commands.initial import Initial
 from streamswav.commands.run_folder import Run
 from streamswav.commands.training_run import Program, run_training
 from streamswav.config import Config
@@ -37,7 +38,14 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
         DrainedError: stopped by a signal; everything is saved.
         StreamswavError: as the configuration, the data or the store deserve.
     """
-    return run_training(config, drain, Program(_resolve, _build_task, finish=_finish))
+    initial = Initial()
+    program = Program(
+        _resolve,
+        lambda run, config, pace: _build_task(run, config, pace, initial),
+        prepare=initial.prepare,
+        finish=_finish,
+    )
+    return run_training(config, drain, program)
 
 
 def _resolve(config: Config, facts: Facts, ranks: Ranks) -> tuple[Config, list[Choice]]:
@@ -50,11 +58,13 @@ def _resolve(config: Config, facts: Facts, ranks: Ranks) -> tuple[Config, list[C
     return resolve(config, facts)
 
 
-def _build_task(run: Run, config: Config, pace: Pace) -> Task:
+def _build_task(run: Run, config: Config, pace: Pace, initial: Initial) -> Task:
     prototypes = known(config.swav.prototypes)
     run.metrics.prototypes.set(prototypes)
+    learner = build_learner(config, run.ranks)
+    initial.give(learner.module, run)
     return Pretraining(
-        build_learner(config, run.ranks),
+        learner,
         Augment(config.crops),
         make_calendar(config, pace),
         prototypes=prototypes,

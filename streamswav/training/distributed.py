@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from streamswav.errors import ConfigError, PeerError, StreamswavError
 from streamswav.heartbeat import FOLDER_VARIABLE, Heartbeat, find_heartbeat
@@ -112,6 +113,16 @@ class Ranks:
             raise error
         result: Plain = answer
         return result
+
+
+def copy_from_leader(module: nn.Module, ranks: Ranks) -> None:
+    """Give every rank rank 0's parameters and buffers of a module, in place."""
+    if ranks.group is None:
+        return
+    for tensor in module.state_dict().values():
+        copy = tensor.detach().contiguous()
+        dist.broadcast(copy, src=0, group=ranks.group)
+        tensor.detach().copy_(copy)
 
 
 @contextmanager

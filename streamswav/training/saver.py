@@ -331,6 +331,11 @@ class Saver:
 
 def without_secrets(config: Config) -> Config:
     """Return the configuration as it may lie in the run's folder: signed URLs without their queries."""
-    stream = config.stream
-    update = {"urls": list(map(redact, stream.urls)), "exclude": list(map(redact, stream.exclude))}
-    return config.model_copy(update={"stream": stream.model_copy(update=update)})
+    stream, model = config.stream, config.model
+    lists = {"urls": list(map(redact, stream.urls)), "exclude": list(map(redact, stream.exclude))}
+    return config.model_copy(
+        update={
+            "stream": stream.model_copy(update=lists),
+            "model": model.model_copy(update={"init": redact(model.init)}),
+        }
+    )

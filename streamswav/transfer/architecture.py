@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torchvision.models.resnet import Bottleneck
 
-from streamswav.config import ModelSection
 from streamswav.models import ARCHITECTURES, Trunk
 from streamswav.models.trunk import Architecture
 from streamswav.transfer.weight_tensors import COUNTER, Shapes, shapes_of
@@ -72,14 +71,8 @@ class Match:
         """Whether this is a trunk that can be had by `model.trunk`."""
         return self.trunk in ARCHITECTURES
 
-    @property
-    def section(self) -> ModelSection:
-        """The trunk as a configuration names it."""
-        return ModelSection(trunk=self.trunk, width=self.width, stem=self.stem)
-
     def __str__(self) -> str:
-        stem = "" if self.stem == "imagenet" else f" with the {self.stem} stem"
-        return f"{self.trunk} at width {self.width:g}{stem}"
+        return describe_trunk(self.trunk, self.width, self.stem)
 
     def explain(self) -> str:
         """Say what differs, in words."""
@@ -93,6 +86,11 @@ class Match:
         if self.extra:
             parts.append(f"{len(self.extra)} too many, first {self.extra[0]}")
         return "; ".join(parts)
+
+
+def describe_trunk(trunk: str, width: float, stem: str) -> str:
+    """Name a trunk in words, as `resnet50 at width 2`."""
+    return f"{trunk} at width {width:g}" + ("" if stem == "imagenet" else f" with the {stem} stem")
 
 
 def find_architecture(shapes: Shapes) -> Match:
