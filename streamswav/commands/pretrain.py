@@ -22,6 +22,7 @@ from streamswav.training.distributed import Ranks
 from streamswav.training.pace import Pace
 from streamswav.training.pretraining import Pretraining, make_calendar
 from streamswav.training.task import Task
+from streamswav.transfer.probe import Probe
 
 
 def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
         lambda run, config, pace: _build_task(run, config, pace, initial),
         prepare=initial.prepare,
         finish=_finish,
+        evaluator=_build_probe,
     )
     return run_training(config, drain, program)
 
@@ -70,6 +72,12 @@ def _build_task(run: Run, config: Config, pace: Pace, initial: Initial) -> Task:
         prototypes=prototypes,
         device=run.ranks.device,
     )
+
+
+def _build_probe(run: Run, drain: Drain) -> Probe | None:
+    if run.config.evaluation.every is None:
+        return None
+    return Probe(run.config, run.ranks, run.store, run.reporter, give_up=drain)
 
 
 def _finish(run: Run, *_: object) -> Mapping[str, Any]:

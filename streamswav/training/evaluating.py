@@ -39,7 +39,7 @@ def as_saved(subject: nn.Module, ranks: Ranks) -> Iterator[nn.Module]:
     kept = [each.clone() for each in own]
     training = subject.training
     devices = [ranks.device] if ranks.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices):
         if ranks.group is not None:
             for each in own:
                 dist.broadcast(each, src=0, group=ranks.group)
@@ -48,5 +48,6 @@ def as_saved(subject: nn.Module, ranks: Ranks) -> Iterator[nn.Module]:
             yield subject
         finally:
             subject.train(training)
-            for each, before in zip(own, kept, strict=True):
-                each.copy_(before)
+            with torch.no_grad():
+                for each, before in zip(own, kept, strict=True):
+                    each.copy_(before)
