@@ -19,6 +19,7 @@ State = dict[str, Tensor]
 _Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 _SWAV = ("projection_head.", "prototypes.")
 _LONE_LAYER = "projection_head.0."
+_STEM = "stem.conv1.norm.weight"
 _TO_DETECTRON2: tuple[_Rule, ...] = (
     (re.compile(r"^(?!layer\d)"), "stem."),
     (re.compile(r"^layer(\d)"), lambda found: f"res{int(found[1]) + 1}"),
@@ -66,8 +67,12 @@ def to_detectron2(trunk: Mapping[str, Tensor]) -> State:
 
 
 def from_detectron2(state: Mapping[str, Tensor]) -> State:
-    """Undo `to_detectron2`."""
-    return {_rename(name, _FROM_DETECTRON2): tensor for name, tensor in state.items()}
+    """Undo `to_detectron2`, whatever stands before the names; empty for a file of another layout."""
+    prefix = next((name.removesuffix(_STEM) for name in state if name.endswith(_STEM)), None)
+    if prefix is None:
+        return {}
+    own = [name for name in state if name.startswith(prefix)]
+    return {_rename(name.removeprefix(prefix), _FROM_DETECTRON2): state[name] for name in own}
 
 
 def _rename(name: str, rules: Iterable[_Rule]) -> str:

@@ -25,6 +25,7 @@ from streamswav.models import SwAVNetwork, Trunk, build_network, build_trunk
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, unpack
 from streamswav.transfer.architecture import Match, compare, find_architecture
+from streamswav.transfer.export_layouts import from_detectron2
 from streamswav.transfer.weight_facts import Facts, configure, images_seen, read_facts
 from streamswav.transfer.weight_files import is_file, read_tensors
 from streamswav.transfer.weight_heads import read_heads
@@ -192,7 +193,8 @@ def _read_run(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> Weights:
 
 def _read_file(tensors: Tensors, facts: Facts, url: str) -> Weights:
     """Read a file by its tensors, and by what an export says of itself."""
-    found = _find(tensors, url)
+    others = from_detectron2(tensors)
+    found = replace(_find(others, url), layout="detectron2") if others else _find(tensors, url)
     match = find_architecture(shapes_of(found.trunk))
     _refuse_other(found, match, url)
     beside, taken, head = read_heads(found.rest, features=match.features)

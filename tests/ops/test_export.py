@@ -147,6 +147,7 @@ def test_a_resnet50_is_loaded_by_torchvision_and_timm_and_gives_the_same_feature
     card = (tmp_path / "out" / "README.md").read_text()
     assert "PIXEL_MEAN: [123.675, 116.28, 103.53]" in card
     assert "FORMAT: RGB" in card
+    assert same(load_trunk(tmp_path / "out" / "detectron2.pth").state_dict(), state)
     packed = torch.load(tmp_path / "out" / "detectron2.pth", weights_only=True)
     assert packed["matching_heuristics"] is True
     assert torch.equal(packed["model"]["res5.0.shortcut.norm.bias"], state["layer4.0.downsample.1.bias"])
