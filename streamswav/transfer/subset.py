@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,15 +27,17 @@ from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.select import read_lines
 from streamswav.stream.store import Store, redact
-from streamswav.training.distributed import Ranks
+from streamswav.training.distributed import Ranks, local_world_size
 from streamswav.transfer.subset_folder import Subset, begin_subset, commit_subset, find_subset
 from streamswav.transfer.subset_scan import Choice, Picked, Record, scan
-from streamswav.transfer.subset_write import Entry, arrange, write_shards
+from streamswav.transfer.subset_write import Entry, Writing, arrange
 
 __all__ = ["Subset", "SubsetRequest", "draw_subset", "draw_subsets"]
 
 _VERSION = 1
 _SHOWN = 5
+_WORTH_WORKERS = 1 << 30  # bytes of shards
+_MOST_WORKERS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ def draw_subset(
     storage: StorageSection,
     labels: Labels,
     ranks: Ranks | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     on_shard: Callable[[], object] = lambda: None,
 ) -> Subset:
     """Draw one subset, as `draw_subsets` does."""
@@ -87,7 +90,7 @@ def draw_subsets(
     storage: StorageSection,
     labels: Labels,
     ranks: Ranks | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     on_shard: Callable[[], object] = lambda: None,
 ) -> dict[str, Subset]:
     """Draw subsets with one pass over the shards, and write each into a folder; one that is there is used.
@@ -101,7 +104,8 @@ def draw_subsets(
         storage: how both are reached.
         labels: of the samples; those without are left out.
         ranks: this process among those that work; default: it is alone.
-        workers: loader processes of each rank; 0: it reads by itself.
+        workers: processes of each rank that read and write; 0: it does so by itself. Default: none for less
+            than a gigabyte, else the cores of the machine by its ranks, at most 8.
         on_shard: called as this rank is done with a shard.
 
     Returns:
@@ -117,10 +121,9 @@ def draw_subsets(
     ranks, store = ranks or Ranks(), Store(storage)
     manifest, tasks = ranks.lead(lambda: _prepare(urls, requests, labels, store))
     drawn = {task.target: task.finished for task in tasks if task.finished}
-    drawing, open_tasks = (
-        _Drawing(manifest, labels, store, ranks),
-        [each for each in tasks if not each.finished],
-    )
+    workers = _pick_workers(manifest) if workers is None else workers
+    drawing = _Drawing(manifest, labels, store, ranks, workers)
+    open_tasks = [task for task in tasks if not task.finished]
     if open_tasks:
         share = range(ranks.rank, len(manifest.shards), ranks.world_size)
         reader = ShardReader(manifest, storage, read_ahead=2)
@@ -158,6 +161,7 @@ class _Drawing:
     labels: Labels
     store: Store
     ranks: Ranks
+    workers: int
 
     def write(self, task: _Task, picked: Picked) -> Subset:
         """Write the shards of a subset, and make it whole."""
@@ -168,8 +172,9 @@ class _Drawing:
         mine = {
             number: shards[number] for number in range(self.ranks.rank, len(shards), self.ranks.world_size)
         }
-        write = partial(write_shards, self.store, self.manifest, mine, task.target)
-        parts = self.ranks.each(partial(write, label_member=self.labels.says_more_than_cls))
+        label_member = self.labels.says_more_than_cls
+        writing = Writing(self.store, self.manifest, mine, task.target, label_member)
+        parts = self.ranks.each(lambda: writing.run(workers=self.workers))
         written = {name: each for part in parts for name, each in part.items()}
         values = self._describe(task, picked, [entry for shard in shards for entry in shard])
         values |= {"missing": len(missing), "missing_keys": missing[:_SHOWN]}
@@ -268,6 +273,12 @@ def _digest(manifest: Manifest, choice: Choice, labels: Labels) -> str:
     for shard in manifest.shards:
         whole.update(f"{shard.key}\0{shard.size}\0{shard.version}\n".encode())
     return whole.hexdigest()
+
+
+def _pick_workers(manifest: Manifest) -> int:
+    if manifest.size < _WORTH_WORKERS:
+        return 0
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // local_world_size())
 
 
 def _warn(task: _Task, subset: Subset, missing: Sequence[str]) -> None:

@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from streamswav.errors import ChangedError
+from torch.utils.data import IterableDataset, get_worker_info
+
+from streamswav.errors import ChangedError, StreamswavError
+from streamswav.processes import Failed, open_loader
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.store import Store, join, redact
 from streamswav.stream.tar import TarSample, read_samples
@@ -21,7 +24,7 @@ LEAST_SHARDS = 16
 SAMPLES_A_SHARD = 8
 
 _END = bytes(1024)
-_AT_ONCE = 16
+_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -48,44 +51,62 @@ def arrange(records: Sequence[Record], manifest: Manifest) -> list[list[Entry]]:
     return [entries[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
-def write_shards(
-    store: Store,
-    manifest: Manifest,
-    shards: Mapping[int, Sequence[Entry]],
-    target: str,
-    *,
-    label_member: bool,
-) -> dict[str, dict[str, int]]:
-    """Write shards of a subset.
+@dataclass(frozen=True, eq=False)
+class Writing(IterableDataset["tuple[str, dict[str, int]] | Failed"]):
+    """Writes shards of a subset, every n-th one a worker, and gives name, samples and bytes of each.
 
-    Args:
+    Attributes:
         store: how both ends are reached.
         manifest: where samples come from.
         shards: what is in each, by number.
         target: folder.
         label_member: whether a sample's `.cls` is written with its label; else members are as they were.
-
-    Returns:
-        Samples and bytes by name.
-
-    Raises:
-        ChangedError: a shard that is read was replaced meanwhile.
-        StorageError: it cannot be read, or the target not written.
     """
-    written = {}
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="subset") as pool:
-        for number, entries in shards.items():
-            size = 0
-            with store.writing(join(target, shard_name(number))) as file:
-                for entry, sample in _fetch(store, manifest, entries, pool):
-                    members = dict(sample.members)
-                    if label_member:
-                        members["cls"] = str(entry.record.label).encode()
-                    for extension, data in members.items():
-                        size += file.write(_member(f"{entry.key}.{extension}", data))
-                size += file.write(_END)
-            written[shard_name(number)] = {"samples": len(entries), "bytes": size}
-    return written
+
+    store: Store
+    manifest: Manifest
+    shards: Mapping[int, Sequence[Entry]]
+    target: str
+    label_member: bool
+
+    def run(self, *, workers: int) -> dict[str, dict[str, int]]:
+        """Write all shards, and return samples and bytes by name.
+
+        Raises:
+            ChangedError: a shard that is read was replaced meanwhile.
+            StorageError: it cannot be read, or the target not written.
+        """
+        written = {}
+        with open_loader(self, workers=min(workers, len(self.shards))) as parts:
+            for part in parts:
+                if isinstance(part, Failed):
+                    raise part.error
+                if part is not None:
+                    written[part[0]] = part[1]
+        return written
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, int]] | Failed]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="subset") as pool:
+            try:
+                for number in list(self.shards)[first::step]:
+                    size = self._write(number, pool)
+                    yield shard_name(number), {"samples": len(self.shards[number]), "bytes": size}
+            except StreamswavError as error:
+                yield Failed(error)
+
+    def _write(self, number: int, pool: ThreadPoolExecutor) -> int:
+        size = 0
+        with self.store.writing(join(self.target, shard_name(number))) as file:
+            for entry, sample in _fetch(self.store, self.manifest, self.shards[number], pool):
+                members = dict(sample.members)
+                if self.label_member:
+                    members["cls"] = str(entry.record.label).encode()
+                for extension, data in members.items():
+                    size += file.write(_member(f"{entry.key}.{extension}", data))
+            size += file.write(_END)
+        return size
 
 
 def _fetch(
