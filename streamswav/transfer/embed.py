@@ -116,6 +116,7 @@ def embed(
     if not urls:
         raise ConfigError("embed", "say where the shards are, as streamswav embed ... s3://bucket/shards/")
     embedder, info, digest = _open(checkpoint, settings.wanted, config, ranks)
+    reporter.event("weights", f"{info.url}: {info.report}", layout=info.layout)
     crops = info.config.crops
     preprocessing = choose_preprocessing(crops, resize=settings.resize, crop=settings.crop)
     storage = info.config.storage.model_copy(update=config.storage.model_dump(exclude_unset=True))

@@ -119,6 +119,8 @@ def evaluate(
     if "svm" in wanted.protocols:
         check_svm()
     trunk, info = _open(checkpoint, storage, ranks)
+    if reporter:
+        reporter.event("weights", f"{info.url}: {info.report}", layout=info.layout)
     storage = info.config.storage.model_copy(update=storage.model_dump(exclude_unset=True))
     work = _Work(wanted, trunk, info, storage, ranks, reporter, stop)
     return work.run(train, test, labels, command)

@@ -248,6 +248,8 @@ def _list(values: Mapping[str, Any]) -> str:
 def _show(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value is None:
+        return "unknown"
     if isinstance(value, list | tuple):
         return " ".join(map(_show, value))
     return f"{value:,}" if isinstance(value, int) else str(value)
