@@ -103,17 +103,22 @@ def _build_parser(command: str) -> Parser:
     )
     finetune.formatter_class = argparse.RawDescriptionHelpFormatter
     finetune.epilog = _PRETRAIN_HELP
-    finetune.add_argument(
-        "--init", metavar="PATH", help="--model.init: a run, checkpoint or file, or scratch"
-    )
     finetune.add_argument("--print-config", action="store_true", help="show the configuration and end")
+    lowshot = _add_command(
+        commands, "lowshot", _lowshot, "finetune on n images a class by several seeds: mean and spread"
+    )
+    _declare_lowshot(lowshot)
     cooldown = _add_command(
         commands, "cooldown", _cooldown, "end a run of constant rate: bring the rate down"
     )
     cooldown.add_argument(
         "--images", type=int, help="images over which it falls (default: 10%% of those seen)"
     )
-    for each in (pretrain, finetune, cooldown):
+    for each in (finetune, lowshot):
+        each.add_argument(
+            "--init", metavar="PATH", help="--model.init: a run, checkpoint or file, or scratch"
+        )
+    for each in (pretrain, finetune, lowshot, cooldown):
         each.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
         each.set_defaults(takes_keys=True)
     _add_command(commands, "launch", _launch, "start pretrain on several ranks, as a pod or on a workstation")
@@ -138,6 +143,15 @@ def _add_command(commands: argparse._SubParsersAction[Parser], name: str, run: o
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(run=run, takes_keys=False)
     return parser
+
+
+def _declare_lowshot(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Each cell of the grid is a run as of `streamswav finetune`, whose keys are given alike."
+    add = parser.add_argument
+    add("--per-class", type=int, nargs="+", metavar="N", help="--lowshot.per_class: images of each class")
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="--lowshot.seeds: of draw and training")
+    add("--baselines", nargs="+", metavar="NAME", help="--lowshot.baselines: scratch")
+    add("--list", action="store_true", help="only show the commands of the runs that are not done")
 
 
 def _declare_stream(parser: argparse.ArgumentParser) -> None:
@@ -169,11 +183,14 @@ def _launch(arguments: Sequence[str]) -> int:
 
 def _read_config(arguments: argparse.Namespace) -> Config:
     file, given = getattr(arguments, "config", None), list(arguments.keys)
+    short: list[str] = []
     if getattr(arguments, "init", None) is not None:
-        given += ["--model.init", "" if arguments.init == "scratch" else arguments.init]
-    if arguments.command != "finetune":
-        return load_config(file, os.environ, given)
-    return load_config(file, os.environ, given, base=FINETUNE_BASE)
+        short += ["--model.init", "" if arguments.init == "scratch" else arguments.init]
+    for name in ("per_class", "seeds", "baselines"):
+        if getattr(arguments, name, None) and arguments.command == "lowshot":
+            short += [f"--lowshot.{name}", json.dumps(getattr(arguments, name))]
+    base = FINETUNE_BASE if arguments.command in ("finetune", "lowshot") else {}
+    return load_config(file, os.environ, short + given, base=base)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -187,6 +204,16 @@ def _train(arguments: argparse.Namespace) -> None:
         summary = getattr(module, command)(config, drain)
     if summary:
         sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+
+
+def _lowshot(arguments: argparse.Namespace) -> None:
+    config = _read_config(arguments)
+    words = [] if arguments.config is None else ["--config", str(arguments.config)]
+    words += [] if arguments.init is None else ["--init", arguments.init]
+    with drain_on_signals() as drain:
+        from streamswav.commands.lowshot import lowshot  # noqa: PLC0415
+
+        lowshot(config, drain, listed=[*words, *arguments.keys] if arguments.list else None)
 
 
 def _stream(arguments: argparse.Namespace) -> None:

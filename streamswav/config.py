@@ -337,6 +337,7 @@ class FinetuneSection(Section):
     per_class: PositiveInt | None = Field(None, description="train on so many images of each class")
     subset: str = Field("", description="train on the keys in this file, one a line; local or s3://")
     subset_seed: NonNegativeInt = Field(0, description="of the draw of finetune.per_class")
+    subset_to: str = Field("", description="folder for the subset's shards; default: below run.directory")
     rates: list[Positive] = Field(
         [], description="learning rates of the head; several only with a frozen trunk, side by side"
     )
@@ -365,6 +366,21 @@ class FinetuneSection(Section):
     crop: PositiveInt | None = Field(None, description="centre crop of test images; default: crops.sizes")
 
 
+class LowshotSection(Section):
+    """The grid of `streamswav lowshot`: each cell is a finetuning run of its own."""
+
+    per_class: list[PositiveInt] = Field([13, 128], description="n, images of each class")
+    seeds: list[NonNegativeInt] = Field(
+        [0, 1, 2, 3, 4], description="of the draw of the images and of the training"
+    )
+    baselines: list[Literal["scratch"]] = Field(
+        [], description="scratch: the same trunk from random weights, with the same images and passes"
+    )
+    scratch: dict[str, Any] = Field(
+        {}, description="keys that are others from scratch, as {optimizer.rate: 0.1}"
+    )
+
+
 class TelemetrySection(Section):
     """Logs and metrics."""
 
@@ -390,6 +406,7 @@ class Config(Section):
     labels: LabelsSection = LabelsSection()
     evaluation: EvaluationSection = EvaluationSection()
     finetune: FinetuneSection = FinetuneSection()
+    lowshot: LowshotSection = LowshotSection()
     telemetry: TelemetrySection = TelemetrySection()
 
 

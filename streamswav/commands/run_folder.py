@@ -24,6 +24,7 @@ from streamswav.training.mirror import Mirror
 
 MANIFEST_FILE = "manifest.json"
 LEFT_FILE = "left.jsonl"
+KINDS = {"pretrain": "pretraining", "finetune": "finetuning"}
 _SHOWN = 3
 
 
@@ -97,17 +98,25 @@ def _differs(frozen: Shard, there: Mapping[str, Shard], store: Store) -> str:
 
 
 def read_begun(config: Config, store: Store) -> Config | None:
-    """Read what was chosen when the run began; before its first checkpoint everything is still open."""
+    """Read what was chosen when the run began; before its first checkpoint everything is still open.
+
+    Raises:
+        PositionError: what began there is another kind of run, or another version's.
+    """
     place = join(config.run.directory, "config.yaml")
     if not checkpoints_of(config, store).begun() or not store.exists(place):
         return None
     try:
-        return parse_config(yaml.safe_load(store.read(place)))
+        begun = parse_config(yaml.safe_load(store.read(place)))
     except ConfigError as error:
         raise PositionError(
             f"{redact(place)} was written by another version ({error}): finish the run with that one, or "
             "choose another run.directory"
         ) from None
+    if begun.run.task != config.run.task:
+        where = redact(config.run.directory)
+        raise PositionError(f"{where} holds a {KINDS[begun.run.task]} run: choose another run.directory")
+    return begun
 
 
 def checkpoints_of(

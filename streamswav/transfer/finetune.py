@@ -60,7 +60,7 @@ def prepare_data(config: Config, ranks: Ranks, store: Store) -> LabelledData:
         hint = "name labelled shards that accuracy is measured on, as --finetune.test s3://bucket/test/"
         raise ConfigError("finetune.test", hint)
     held: list[tuple[Labels, Labels]] = []
-    ranks.each(lambda: held.append(_load(config, store)))
+    ranks.each(lambda: held.append(load_both(config, store)))
     ((train, test),) = held
     classes = known(train.classes)
     config = _with(config, "labels", classes=classes)
@@ -68,9 +68,7 @@ def prepare_data(config: Config, ranks: Ranks, store: Store) -> LabelledData:
         config = _with(config, "stream", samples=int((train.table.codes >= 0).sum()))
     if section.per_class is None and not section.subset:
         return LabelledData(config, train, test, test_urls)
-    option = "finetune.subset" if section.subset else "finetune.per_class"
-    request = SubsetRequest(section.subset, section.per_class, section.subset_seed, option)
-    target = join(config.run.directory, SUBSET_FOLDER)
+    target, request = subset_of(config)
     subset = draw_subset(
         config.stream.urls, request, target, storage=config.storage, labels=train, ranks=ranks
     )
@@ -120,8 +118,21 @@ def build_finetuning(config: Config, trunk: Trunk | None, ranks: Ranks, *, multi
     return Finetuning(learner, augment, mixing, classes=classes, multi=multi, device=device)
 
 
-def _load(config: Config, store: Store) -> tuple[Labels, Labels]:
-    """Read the labels of the training set and of the test set, with the number of classes."""
+def subset_of(config: Config) -> tuple[str, SubsetRequest]:
+    """Return the folder of the subset that is trained on, and what it is."""
+    section = config.finetune
+    option = "finetune.subset" if section.subset else "finetune.per_class"
+    request = SubsetRequest(section.subset, section.per_class, section.subset_seed, option)
+    return section.subset_to or join(config.run.directory, SUBSET_FOLDER), request
+
+
+def load_both(config: Config, store: Store) -> tuple[Labels, Labels]:
+    """Read the labels of the training set and of the test set, with the number of classes.
+
+    Raises:
+        ConfigError: nobody knows that number.
+        StreamswavError: labels that cannot be read.
+    """
     section, split = config.labels, config.labels.split
     train = load_labels(section, store, split="train" if split else "")
     classes = train.classes or _classes_beside(config.stream.urls, store)
