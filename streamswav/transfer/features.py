@@ -28,7 +28,6 @@ from streamswav.transfer.stretches import first_of_each
 
 __all__ = ["Features", "Preprocessing", "describe", "digest_module", "extract", "gather_features"]
 
-_STRETCH_SAMPLES = 1024
 _FROM_SHARDS = Labels.from_shards()
 _ALONE = Ranks()
 
@@ -42,6 +41,7 @@ def extract(
     labels: Labels = _FROM_SHARDS,
     ranks: Ranks = _ALONE,
     keep: str = "",
+    part: int = 1024,
     workers: int = 0,
     batch: int = 256,
     device: torch.device | str = "cpu",
@@ -51,7 +51,7 @@ def extract(
 ) -> Features:
     """Compute the features of every labelled image once; every rank is given those of its own share.
 
-    Batches end with every 1024th sample of a shard, so the result depends neither on `workers` nor on the
+    Batches end with every `part` samples of a shard, so the result depends neither on `workers` nor on the
     number of ranks, nor on where an earlier call with the same `keep` was interrupted: not in the last bit,
     where torch computes a batch twice alike. Only the shares depend on them.
 
@@ -62,10 +62,11 @@ def extract(
         storage: how object storage is reached.
         labels: tell the label of a sample; by default its `.cls` member.
         ranks: that share the work; all call this alike.
-        keep: folder, local or s3://, for parts of 1024 samples as they are done. Those that are there are not
-            computed again. Empty: nothing is kept.
+        keep: folder, local or s3://, for parts as they are done. Those that are there are not computed again.
+            Empty: nothing is kept.
+        part: samples of a shard that make a part; most of them are on their way in each worker.
         workers: processes of each rank that read and decode; 0: the rank does.
-        batch: images through the trunk at once, at most 1024. Another number rounds otherwise.
+        batch: images through the trunk at once, at most `part`. Another number rounds otherwise.
         device: of the trunk.
         limit: use only about so many images, the first ones of every shard.
         give_up: whether to stop; asked on every rank after each batch.
@@ -87,7 +88,7 @@ def extract(
         labels,
         labelled=True,
         select=Selection.none(),
-        samples=_STRETCH_SAMPLES,
+        samples=part,
     )
     notes = {"batch": batch}
     folder = _open_folder(keep, store, source, trunk, ranks, limit=limit, notes=notes) if keep else None
