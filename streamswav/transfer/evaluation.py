@@ -227,7 +227,7 @@ class _Work:
             classes=classes,
             settings=self.wanted.knn,
             ranks=self.ranks,
-            places=flat_places(learnt.places),
+            places=(flat_places(learnt.places), flat_places(asked.places)),
             alive=self._go_on,
         )
         return list(knn_values(name, found, self.wanted.knn, half=self.wanted.half))
@@ -239,15 +239,23 @@ class _Work:
         sets = (learnt.features[:, own], train, asked.features[:, own], test)
         wanted = self.wanted
         if "linear" in wanted.protocols:
+            self._tell_training(
+                name, f"{len(wanted.linear.heads)} linear heads, {wanted.linear.epochs} epochs"
+            )
             device = self.ranks.device
             measured = measure_linear(
                 *sets, classes=classes, settings=wanted.linear, device=device, alive=alive
             )
             yield from linear_values(name, measured, wanted.linear)
         if "svm" in wanted.protocols:
+            self._tell_training(name, "linear SVMs")
             yield svm_value(
                 name, measure_svm(*sets, classes=classes, settings=wanted.svm, alive=alive), wanted.svm
             )
+
+    def _tell_training(self, name: str, what: str) -> None:
+        if self.reporter:
+            self.reporter.event("training", f"{name}: {what}", column=name)
 
     def _go_on(self) -> None:
         if self.stop():

@@ -78,7 +78,7 @@ def measure_knn(
     settings: KnnSettings,
     device: torch.device | str = "cpu",
     ranks: Ranks | None = None,
-    places: Tensor | None = None,
+    places: tuple[Tensor, Tensor] | None = None,
     alive: Callable[[], object] = lambda: None,
 ) -> dict[Vote, Accuracy | MeanPrecision]:
     """Classify by weighted votes of the nearest training images.
@@ -94,8 +94,8 @@ def measure_knn(
         settings: every k and temperature.
         device: where similarities are computed; with ranks their own.
         ranks: who share the images; a share may be empty.
-        places: int64 [N], growing: where this rank's training images are in the order of all. By default
-            the ranks' shares follow one another.
+        places: int64 [N] and [M], growing: where this rank's images are in the order of all training and of
+            all test images. By default the ranks' shares follow one another.
         alive: called as the work goes on.
 
     Returns:
@@ -105,7 +105,8 @@ def measure_knn(
         ConfigError: a k above all N that was asked for.
     """
     ranks = ranks or Ranks(device=torch.device(device))
-    bank = _Bank.share(train, train_labels, places, ranks)
+    bank_places, test_places = places or (_follow(train, ranks), _follow(test, ranks))
+    bank = _Bank.share(train, train_labels, bank_places, ranks)
     votes = settings.votes(len(bank.labels))
     blocks = Blocks.fit(sum(ranks.gather(len(test))), len(bank.labels))
     scores: dict[Vote, list[Tensor]] = {vote: [torch.empty(0, classes)] for vote in votes}
@@ -123,7 +124,7 @@ def measure_knn(
                 else:
                     hits[vote] += count_hits(votes_cast, test_labels[rows].to(votes_cast.device))
     if multi:
-        return {vote: _precision(scores[vote], test_labels, ranks) for vote in votes}
+        return {vote: _precision(torch.cat(scores[vote]), test_labels, test_places, ranks) for vote in votes}
     return {vote: _total(each, ranks).accuracy for vote, each in hits.items()}
 
 
@@ -162,10 +163,7 @@ class _Bank:
     labels: Tensor
 
     @staticmethod
-    def share(features: Tensor, labels: Tensor, places: Tensor | None, ranks: Ranks) -> _Bank:
-        if places is None:
-            begin = sum(ranks.gather(len(features))[: ranks.rank])
-            places = torch.arange(begin, begin + len(features))
+    def share(features: Tensor, labels: Tensor, places: Tensor, ranks: Ranks) -> _Bank:
         every, order = torch.cat(all_rows(places, ranks)).sort()
         own = torch.searchsorted(every, places.to(every.device))
         return _Bank(features, own, torch.cat(all_rows(labels, ranks))[order])
@@ -211,9 +209,16 @@ def _in_parts(begin: int, near: Tensor, where: Tensor, most: int) -> Iterator[tu
         begin += len(some)
 
 
-def _precision(scores: list[Tensor], labels: Tensor, ranks: Ranks) -> MeanPrecision:
-    every = torch.cat(all_rows(torch.cat(scores), ranks)).cpu()
-    wanted = torch.cat(all_rows(labels, ranks)).cpu()
+def _follow(rows: Tensor, ranks: Ranks) -> Tensor:
+    """Return places where the ranks' shares follow one another."""
+    begin = sum(ranks.gather(len(rows))[: ranks.rank])
+    return torch.arange(begin, begin + len(rows))
+
+
+def _precision(scores: Tensor, labels: Tensor, places: Tensor, ranks: Ranks) -> MeanPrecision:
+    """Measure on rank 0, with all test images in their order, since the bootstrap draws by number."""
+    order = torch.cat(all_rows(places, ranks)).argsort()
+    every, wanted = (torch.cat(all_rows(each, ranks))[order].cpu() for each in (scores, labels))
     return ranks.lead(lambda: measure_precision(every, wanted))
 
 
