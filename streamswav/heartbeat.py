@@ -61,7 +61,9 @@ class Heartbeat:
 
 def make_files(folder: Path, local_rank: int) -> Heartbeat:
     """Create, as the launcher, the files of a rank."""
-    (folder / _PARENT_FILE).write_text(str(os.getpid()))
+    parent = folder / _PARENT_FILE
+    if not parent.exists():  # once: ranks that were started before this one may be reading it
+        parent.write_text(str(os.getpid()))
     stacks_file(folder, local_rank).touch()
     path = _beat_file(folder, local_rank)
     path.write_bytes(bytes(_FORMAT.size))
