@@ -67,12 +67,19 @@ def to_detectron2(trunk: Mapping[str, Tensor]) -> State:
 
 
 def from_detectron2(state: Mapping[str, Tensor]) -> State:
-    """Undo `to_detectron2`, whatever stands before the names; empty for a file of another layout."""
+    """Undo `to_detectron2`, whatever stands before the names; empty for a file of another layout.
+
+    Other tensors keep their names.
+    """
     prefix = next((name.removesuffix(_STEM) for name in state if name.endswith(_STEM)), None)
     if prefix is None:
         return {}
-    own = [name for name in state if name.startswith(prefix)]
-    return {_rename(name.removeprefix(prefix), _FROM_DETECTRON2): state[name] for name in own}
+    own = {
+        name: _rename(name.removeprefix(prefix), _FROM_DETECTRON2)
+        for name in state
+        if name.startswith(prefix)
+    }
+    return {own.get(name, name): tensor for name, tensor in state.items()}
 
 
 def _rename(name: str, rules: Iterable[_Rule]) -> str:

@@ -72,7 +72,6 @@ _OF_TRUNK = re.compile(
     r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
 )
 _PART_OF_TRUNK = re.compile(r"(conv|bn|norm|gn|layer|stem|downsample|attnpool)\d*$")
-_DETECTRON2 = re.compile(r"(^|\.)res2\.0\.conv1\.weight$")
 _SHOWN = 3
 
 
@@ -117,7 +116,11 @@ def find_trunk(tensors: Tensors) -> Found:
     """
     prefixes = dict.fromkeys(found["prefix"] for name in tensors if (found := _OF_TRUNK.fullmatch(name)))
     if not prefixes:
-        raise CheckpointError(_no_trunk(tensors))
+        shown = ", ".join(list(tensors)[:_SHOWN])
+        raise CheckpointError(
+            f"none of its {len(tensors)} tensors has a name of a residual network's trunk as torchvision "
+            f"names them (layer1.0.conv1.weight and so on); they begin with {shown}"
+        )
     for layout in LAYOUTS:
         fitting = [prefix for prefix in prefixes if layout.fits(prefix, tensors)]
         if len(fitting) > 1:
@@ -128,19 +131,6 @@ def find_trunk(tensors: Tensors) -> Found:
         if fitting:
             return _split(tensors, layout.name, fitting[0], [each for each in prefixes if each != fitting[0]])
     raise AssertionError("the last layout fits everything")
-
-
-def _no_trunk(tensors: Tensors) -> str:
-    if any(_DETECTRON2.search(name) for name in tensors):
-        return (
-            "a trunk under detectron2's names, which do not tell where its blocks have their stride; "
-            "convert it to torchvision's names, or export it so"
-        )
-    shown = ", ".join(list(tensors)[:_SHOWN])
-    return (
-        f"none of its {len(tensors)} tensors has a name of a residual network's trunk as torchvision "
-        f"names them (layer1.0.conv1.weight and so on); they begin with {shown}"
-    )
 
 
 def _split(tensors: Tensors, layout: str, prefix: str, others: list[str]) -> Found:

@@ -193,8 +193,8 @@ def _read_run(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> Weights:
 
 def _read_file(tensors: Tensors, facts: Facts, url: str) -> Weights:
     """Read a file by its tensors, and by what an export says of itself."""
-    others = from_detectron2(tensors)
-    found = replace(_find(others, url), layout="detectron2") if others else _find(tensors, url)
+    renamed = from_detectron2(tensors)
+    found = replace(_find(renamed, url), layout="detectron2") if renamed else _find(tensors, url)
     match = find_architecture(shapes_of(found.trunk))
     _refuse_other(found, match, url)
     beside, taken, head = read_heads(found.rest, features=match.features)
@@ -202,6 +202,8 @@ def _read_file(tensors: Tensors, facts: Facts, url: str) -> Weights:
     model = {"trunk": match.trunk, "width": match.width, "stem": match.stem, **head}
     config = configure(model, None if prototypes is None else len(prototypes), facts)
     notes = []
+    if renamed and not facts:
+        notes.append("blocks are taken to have their stride in the 3x3 convolution (STRIDE_IN_1X1: false)")
     if match.stem != "imagenet" and facts.get("stem") != config.model.stem:
         notes.append("the stride of the 3x3 stem is not seen in a file: 1 is assumed, as of model.stem small")
     report = _report(found, replace(match, stem=config.model.stem), taken, notes)

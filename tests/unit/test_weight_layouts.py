@@ -14,6 +14,7 @@ from torchvision.models.resnet import Bottleneck
 from streamswav.errors import CheckpointError
 from streamswav.models import Trunk, build_network, build_trunk, to_reference_layout
 from streamswav.models.trunk import Architecture
+from streamswav.transfer.export_layouts import to_detectron2
 from streamswav.transfer.weights import open_network, open_trunk
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -226,6 +227,15 @@ def test_several_trunks_of_equal_right_are_refused(refused, network, other):
     assert "it holds 2 trunks (left.conv1.weight, right.conv1.weight)" in message
 
 
+def test_detectron2s_names(opened, network):
+    """Its own networks may have the stride elsewhere, which the names do not tell."""
+    trunk = below("backbone.bottom_up.", to_detectron2(network.trunk.state_dict()))
+    info = opened({"model": {**trunk, "roi_heads.box_head.fc1.weight": torch.ones(3)}, "iteration": 9})
+    assert info.layout == "detectron2"
+    assert info.report.left_over == {"head": 1}
+    assert "STRIDE_IN_1X1: false" in str(info.report)
+
+
 def test_safetensors(network, tmp_path):
     save_file(network.trunk.state_dict(), tmp_path / "model.safetensors")
     trunk, info = open_trunk(str(tmp_path / "model.safetensors"))
@@ -382,9 +392,10 @@ class TestLessOrOther:
         transformer = {"cls_token": torch.ones(2), "blocks.0.attn.qkv.weight": torch.ones(2)}
         assert "none of its 2 tensors" in refused(transformer)
 
-    def test_detectron2s_names(self, refused):
-        theirs = {"stem.conv1.weight": torch.ones(2), "res2.0.conv1.weight": torch.ones(2)}
-        assert "a trunk under detectron2's names" in refused({"model": theirs, "__author__": "x"})
+    def test_a_part_of_a_trunk_under_detectron2s_names(self, refused, state):
+        theirs = to_detectron2(state)
+        del theirs["res3.0.conv1.weight"]
+        assert "1 of 60 tensors missing, first layer2.0.conv1.weight" in refused({"model": theirs})
 
     def test_not_finite(self, refused, state):
         state["layer3.0.bn1.weight"] = torch.tensor([float("nan"), float("inf")] * 16)
