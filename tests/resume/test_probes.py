@@ -17,7 +17,7 @@ from runs import Outcome, arguments, differences, free_port, run, start, start_r
 
 from streamswav.config import Config
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
-from streamswav.transfer.evaluation import evaluate
+from streamswav.transfer.evaluation import Wanted, evaluate
 from streamswav.transfer.knn import KnnSettings
 
 COUNTS = [20, 20, 20, 20]
@@ -40,9 +40,7 @@ def data(make_shards: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probed")
     make_shards(folder / "stream", counts=COUNTS, labels=False)
     make_shards(folder / "train", counts=[24, 24], image=coloured, kind="PNG", classes=CLASSES)
-    make_shards(
-        folder / "test", counts=[24], image=lambda i: coloured(1000 + i), kind="PNG", classes=CLASSES
-    )
+    make_shards(folder / "test", counts=[24], image=lambda i: coloured(1000 + i), kind="PNG", classes=CLASSES)
     return folder
 
 
@@ -51,7 +49,6 @@ def command(data: Path, directory: Path, **more: dict[str, Any]) -> list[str]:
         "run": {"directory": directory},
         "stream": {"urls": data / "stream", "samples": sum(COUNTS)},
         "evaluation": {"every": EVERY, "train": data / "train", "test": data / "test", "neighbours": 5},
-        "loader": {"workers": 1},
         "checkpoint": {"images": 32},
     }
     return arguments(**{name: sections.get(name, {}) | more.get(name, {}) for name in {*sections, *more}})
@@ -84,15 +81,9 @@ def test_the_last_probe_is_what_the_last_checkpoint_measures(
     probed: tuple[Path, Outcome], data: Path
 ) -> None:
     folder, _ = probed
-    results = evaluate(
-        str(folder),
-        [str(data / "train")],
-        [str(data / "test")],
-        protocols=("knn",),
-        knn=KnnSettings((5,)),
-        workers=1,
-        batch=16,
-    )
+    wanted = Wanted(protocols=("knn",), knn=KnnSettings((5,)), workers=0, batch=16)
+    results = evaluate(str(folder), [str(data / "train")], [str(data / "test")], wanted)
+    assert results is not None
     last = probes(folder)[-1]
     assert last["step"] == state_of(folder)["run"]["step"]
     assert last["knn_5"] == results.values[0].scores["top1"]
@@ -125,7 +116,8 @@ def test_two_ranks_share_the_labelled_images_and_measure_the_same(
     probed: tuple[Path, Outcome], data: Path, tmp_path: Path
 ) -> None:
     """Before the first step the trunk is the same on any number of ranks; afterwards up to rounding."""
-    with start_ranks(2, command(data, tmp_path / "run"), tmp_path) as running:
+    given = command(data, tmp_path / "run", loader={"workers": 1})
+    with start_ranks(2, given, tmp_path) as running:
         outcome = running.wait()
     assert outcome.code == EXIT_DONE, outcome.err
     ours, alone = probes(tmp_path / "run"), probes(probed[0])
@@ -135,7 +127,9 @@ def test_two_ranks_share_the_labelled_images_and_measure_the_same(
 
 def test_probes_are_in_the_metrics(data: Path, tmp_path: Path) -> None:
     port = free_port()
-    given = command(data, tmp_path / "run", telemetry={"port": port, "bind": "127.0.0.1"}, stream={"passes": 60})
+    given = command(
+        data, tmp_path / "run", telemetry={"port": port, "bind": "127.0.0.1"}, stream={"passes": 60}
+    )
     with start(given, tmp_path) as running:
         so_far = running.wait_until(lambda so_far: len(so_far.of("probe")) >= 2)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
