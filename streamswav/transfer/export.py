@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from streamswav.config import StorageSection
-from streamswav.errors import CheckpointError, ConfigError, DeniedError
+from streamswav.errors import CheckpointError, ConfigError, DeniedError, UnsupportedError
 from streamswav.stream.store import Store, join, redact
 from streamswav.transfer.evaluation import choose_preprocessing
 from streamswav.transfer.export_files import (
@@ -38,6 +38,7 @@ _OF_SUFFIX = {
     ".onnx": ("onnx",),
     ".pt2": ("torch.export",),
 }
+_WEB = ("http", "https")
 _MOST_WORDS = 300
 _STORAGE = StorageSection()
 
@@ -95,6 +96,7 @@ def export(
     Raises:
         ConfigError: a format that is not possible here, and why.
         DeniedError: a file is there already, or nothing can be written.
+        UnsupportedError: a web address to write to.
         CheckpointError, StorageError: as `load_trunk`.
     """
     places = choose_places(out, formats)
@@ -120,7 +122,10 @@ def choose_places(out: str, formats: Sequence[str] = ()) -> Places:
 
     Raises:
         ConfigError: an unknown format; several for one file, or one that has another suffix.
+        UnsupportedError: a web address.
     """
+    if out.partition("://")[0] in _WEB:
+        raise UnsupportedError(redact(out), "web servers are only read; give a path or s3://")
     names = formats_named(formats)
     folder, _, file = out.rpartition("/")
     stem, suffix = posixpath.splitext(file)

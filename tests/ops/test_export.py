@@ -358,6 +358,7 @@ def test_the_place_says_what_is_written(out, formats, expected):
         ({"dtype": "int8"}, "there are float32, float16, bfloat16"),
         ({"results": ["run/results.json"]}, "no such file"),
         ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"out": "https://host/out?key=secret"}, "https://host/out: web servers are only read"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, monkeypatch, change, reason):
