@@ -17,10 +17,11 @@ from streamswav.errors import ConfigError, StorageError
 from streamswav.stream.store import Store, join
 
 _FOLDERS = "export.json"
+_PLANES = 64
 _STEMS = ("small", "strided")
 
 Facts = dict[str, str]
-"""Texts under the keys of a safetensors file: stem, mean, std, size, images; any may be missing."""
+"""Texts under the keys of a safetensors file: width, stem, mean, std, size, images; any may be missing."""
 
 
 def read_facts(url: str, about: Facts, store: Store) -> Facts:
@@ -48,6 +49,10 @@ def configure(model: Mapping[str, Any], prototypes: int | None, facts: Facts) ->
     values: dict[str, Any] = {"model": dict(model), "swav": {"prototypes": prototypes} if prototypes else {}}
     if model["stem"] in _STEMS and facts.get("stem") in _STEMS:
         values["model"]["stem"] = facts["stem"]
+    with suppress(ValueError, KeyError):
+        width = float(facts["width"])  # of several that come to as many channels
+        if round(_PLANES * width) == round(_PLANES * model["width"]):
+            values["model"]["width"] = width
     with suppress(ValueError, KeyError, ConfigError):
         crops = {name: [float(number) for number in facts[name].split()] for name in ("mean", "std")}
         size = {"sizes": [int(facts["size"])], "counts": [2], "scales": [[0.14, 1.0]]}
@@ -66,6 +71,7 @@ def _flatten(facts: Mapping[str, Any]) -> Facts:
     images, seen = facts["normalisation"], facts["source"]["images"]
     return {
         "streamswav": str(facts["streamswav"]),
+        "width": str(facts["model"]["width"]),
         "stem": str(facts["model"]["stem"]),
         "mean": " ".join(map(str, images["mean"])),
         "std": " ".join(map(str, images["std"])),

@@ -26,7 +26,7 @@ import torch
 
 from streamswav.errors import CheckpointError, NotFoundError
 from streamswav.stream.store import Store, redact
-from streamswav.transfer.weight_tensors import Tensors, flatten
+from streamswav.transfer.weight_tensors import Tensors, flatten, one_line
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -71,7 +71,7 @@ def read_tensors(url: str, store: Store) -> tuple[Tensors, dict[str, str]]:
         try:
             return _read(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{redact(url)}: {error}") from None
+            raise CheckpointError(one_line(f"{redact(url)}: {error}")) from None
 
 
 @contextmanager
@@ -93,9 +93,9 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
         head = file.read(_HEAD_BYTES)
     if head.startswith(_ZIP):
         _check_archive(path)
-        return flatten(_unpickle(path, mapped=True)), {}
+        return _unpickle(path, mapped=True), {}
     if head.startswith(_BEFORE_1_6):
-        return flatten(_unpickle(path, mapped=False)), {}
+        return _unpickle(path, mapped=False), {}
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MOST_HEADER_BYTES:
         return _read_safetensors(path)
     raise CheckpointError(_what_else(head))
@@ -121,11 +121,13 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"its pickle holds {shown}: save the state_dict alone")
 
 
-def _unpickle(path: Path, *, mapped: bool) -> Any:
+def _unpickle(path: Path, *, mapped: bool) -> Tensors:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
             warnings.simplefilter("ignore")  # of formats that are old, and of tensors that are mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return flatten(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    except CheckpointError:
+        raise
     # What torch raises depends on which byte is wrong.
     except Exception as error:
         if found := _GLOBAL.search(str(error)):

@@ -31,11 +31,13 @@ from streamswav.transfer.weight_files import is_file, read_tensors
 from streamswav.transfer.weight_heads import read_heads
 from streamswav.transfer.weight_layouts import Found, find_trunk, group_of
 from streamswav.transfer.weight_report import Report
-from streamswav.transfer.weight_tensors import COUNTER, Tensors, fill, flatten, shapes_of, to_float
+from streamswav.transfer.weight_tensors import COUNTER, Tensors, fill, flatten, one_line, shapes_of, to_float
 
 MODEL_FILE = "model.pt"
 CONFIG_FILE = "config.yaml"
 LIST_FILE = "checkpoint.json"
+
+Path = str | os.PathLike[str]
 
 _NETWORK = "network."
 _OF_NETWORK = ("projection_head.", "prototypes.", "head.")
@@ -106,7 +108,7 @@ class Weights:
         return fill(network, state)
 
 
-def load_trunk(path: str | os.PathLike[str], *, storage: StorageSection = _DEFAULT_STORAGE) -> nn.Module:
+def load_trunk(path: Path, *, storage: StorageSection = _DEFAULT_STORAGE) -> nn.Module:
     """Return a trained trunk in eval mode, on the CPU: images [B, 3, S, S] to features [B, F].
 
     Args:
@@ -119,10 +121,10 @@ def load_trunk(path: str | os.PathLike[str], *, storage: StorageSection = _DEFAU
             other than a whole trunk; then the message names the nearest one.
         StorageError: a location that cannot be read.
     """
-    return open_trunk(os.fspath(path), storage=storage)[0]
+    return open_trunk(path, storage=storage)[0]
 
 
-def open_trunk(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> tuple[Trunk, TrunkInfo]:
+def open_trunk(path: Path, *, storage: StorageSection = _DEFAULT_STORAGE) -> tuple[Trunk, TrunkInfo]:
     """Return what `load_trunk` does, and where it comes from.
 
     Raises:
@@ -132,7 +134,7 @@ def open_trunk(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> tupl
     return weights.build_trunk(), weights.info
 
 
-def open_network(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> tuple[SwAVNetwork, TrunkInfo]:
+def open_network(path: Path, *, storage: StorageSection = _DEFAULT_STORAGE) -> tuple[SwAVNetwork, TrunkInfo]:
     """Return trunk, projection head and prototypes in eval mode, on the CPU, and where they come from.
 
     Raises:
@@ -142,13 +144,13 @@ def open_network(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> tu
     return weights.build_network(), weights.info
 
 
-def read_weights(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> Weights:
+def read_weights(path: Path, *, storage: StorageSection = _DEFAULT_STORAGE) -> Weights:
     """Read what `load_trunk` does, and what lies beside it, without building a network.
 
     Raises:
         CheckpointError, StorageError: as `load_trunk`.
     """
-    store = Store(storage)
+    store, path = Store(storage), os.fspath(path)
     if not is_file(path, store):
         if not store.exists(path):
             raise CheckpointError(f"{redact(path)}: there is neither a checkpoint nor a file of weights")
@@ -157,7 +159,10 @@ def read_weights(path: str, *, storage: StorageSection = _DEFAULT_STORAGE) -> We
     if name == MODEL_FILE and is_file(join(folder, LIST_FILE), store):
         return _read_run(*read_checkpoint(folder, store, only=(MODEL_FILE, CONFIG_FILE)))
     tensors, about = read_tensors(path, store)
-    return _read_file(tensors, read_facts(path, about, store), redact(path))
+    try:
+        return _read_file(tensors, read_facts(path, about, store), redact(path))
+    except CheckpointError as error:
+        raise CheckpointError(one_line(str(error))) from None
 
 
 def untrained_trunk(config: Config, seed: int) -> Trunk:

@@ -247,6 +247,12 @@ def test_torchs_old_format(opened, network):
     opened(network.trunk.state_dict(), _use_new_zipfile_serialization=False)
 
 
+def test_files_saved_on_a_gpu(opened, network, monkeypatch):
+    """What a file says of the device it was saved on is all that is different about it."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:3")
+    opened(network.trunk.state_dict())
+
+
 def test_what_is_kept_does_not_hang_on_the_file(network, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(network.trunk.state_dict(), path)
@@ -425,14 +431,14 @@ class TestExports:
         trunk, info = open_trunk(str(path))
         torch.testing.assert_close(trunk(IMAGES), strided(IMAGES), rtol=0, atol=0)
         assert info.images == 3072
-        assert info.config.model.stem == "strided"
+        assert (info.config.model.stem, info.config.model.width) == ("strided", 0.13)
         crops = info.config.crops
         assert (crops.sizes, crops.mean, crops.std) == ([28], (0.3, 0.3, 0.3), (0.2, 0.2, 0.2))
         assert info.report.notes == ()
 
     def test_in_safetensors(self, strided, tmp_path):
         said = {"mean": "0.3 0.3 0.3", "std": "0.2 0.2 0.2", "size": "28", "images": "3072"}
-        said |= {"streamswav": "1", "stem": "strided"}
+        said |= {"streamswav": "1", "stem": "strided", "width": "0.13"}
         save_file(strided.state_dict(), tmp_path / "model.safetensors", metadata=said)
         self.check(tmp_path / "model.safetensors", strided)
 
@@ -442,7 +448,7 @@ class TestExports:
         facts = {
             "streamswav": "1",
             "source": {"images": 3072},
-            "model": {"stem": "strided"},
+            "model": {"stem": "strided", "width": 0.13},
             "normalisation": {"mean": [0.3] * 3, "std": [0.2] * 3, "crop": 28},
             "files": {"weights.pth": {}},
         }
