@@ -93,10 +93,14 @@ def top_in_order(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     `torch.topk` leaves open which of equal values it takes: rows where that matters are sorted whole.
     """
     k = min(k, values.shape[1])
-    found, columns = values.topk(k, dim=1)
-    columns, order = columns.sort(dim=1)
+    found, columns = values.topk(min(k + 1, values.shape[1]), dim=1)
+    tied = (
+        found[:, k - 1] == found[:, -1]
+        if found.shape[1] > k
+        else found.new_zeros(len(found), dtype=torch.bool)
+    )
+    columns, order = columns[:, :k].sort(dim=1)
     found, columns = _keep_best(found.gather(1, order), columns, k)
-    tied = (values >= found[:, -1:]).sum(dim=1) > k
     if tied.any():
         rows = tied.nonzero().squeeze(1)
         for some in torch.split(rows, _EDGE):
@@ -120,7 +124,7 @@ def _keep_best(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]
 def _unit_block(rows: Tensor, size: int, device: torch.device | str) -> Tensor:
     """Bring rows to unit length, and to a block of `size` by rows of zeros."""
     unit = F.normalize(rows.to(device, torch.float32), dim=1)
-    return F.pad(unit, (0, 0, 0, size - len(unit)))
+    return unit if len(unit) == size else F.pad(unit, (0, 0, 0, size - len(unit)))
 
 
 def _up(number: int, step: int) -> int:

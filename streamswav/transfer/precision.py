@@ -23,7 +23,8 @@ BOOTSTRAP_SEED = 0
 _RESAMPLES = 1000
 _FEWEST = 200
 _WORK = 2_000_000_000
-_WEIGHTS_AT_ONCE = 1 << 23
+_WEIGHTS_AT_ONCE = 1 << 22
+_EXACT = torch.int32
 
 
 @dataclass(frozen=True)
@@ -106,34 +107,38 @@ def _draw(images: int, resamples: int, seed: int) -> Tensor:
 
 
 def _of_class(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Return both precisions [2, 1 + R] of one class: as it is, then with each row of counts [R, N]."""
+    """Return both precisions [2, 1 + R] of one class: as it is, then with each row of counts [R, N].
+
+    Precision and recall are only needed at the positives: at the last image of equal score, P positives in
+    the order of their scores.
+    """
     counted = labels >= 0
     scores, positive = scores[counted].nan_to_num(nan=-torch.inf), labels[counted] > 0
     scores, order = scores.sort(descending=True, stable=True)
-    positive = positive[order]
-    last = torch.ones(len(scores), dtype=torch.bool)
-    last[:-1] = scores[1:] != scores[:-1]
-    ends = last.nonzero().squeeze(1)
-    drawn = counts[:, counted][:, order]
-    found = [_curves(torch.ones(1, len(scores), dtype=torch.float64), positive, ends)]
+    where = positive[order].nonzero().squeeze(1)
+    own = scores[where]
+    ends = torch.searchsorted(-scores, -own, right=True) - 1  # [P], the last image of that score
+    lasts = torch.searchsorted(-own, -own, right=True) - 1  # [P], the last positive of that score
+    drawn = counts[:, counted.nonzero().squeeze(1)[order]]
+    found = [_curves(torch.ones(1, len(scores)), where, ends, lasts)]
     for part in torch.split(drawn, max(1, _WEIGHTS_AT_ONCE // max(1, len(scores)))):
-        found.append(_curves(part.double(), positive, ends))
+        found.append(_curves(part.to(_EXACT), where, ends, lasts))
     return torch.cat(found, dim=1)
 
 
-def _curves(weights: Tensor, positive: Tensor, ends: Tensor) -> Tensor:
-    """Return both precisions [2, R] of ranked images that count `weights` [R, n] times.
-
-    `ends` are the last images of each score.
-    """
-    taken = weights.cumsum(dim=1)[:, ends]
-    right = (weights * positive).cumsum(dim=1)[:, ends]
+def _curves(weights: Tensor, where: Tensor, ends: Tensor, lasts: Tensor) -> Tensor:
+    """Return both precisions [2, R] of ranked images that count `weights` [R, n] times."""
+    own = weights[:, where].double()
+    if not len(where):
+        return torch.full((2, len(weights)), torch.nan, dtype=torch.float64)
+    taken = weights.cumsum(dim=1, dtype=_EXACT)[:, ends].double()
+    right = own.cumsum(dim=1)[:, lasts]
+    every = right[:, -1:]
     precision = right / taken.clamp(min=1)
-    recall = right / right[:, -1:]  # NaN without a positive
-    gain = recall.diff(dim=1, prepend=torch.zeros(len(recall), 1, dtype=recall.dtype))
+    whole = (own * precision).sum(dim=1) / every.squeeze(1)  # NaN without a positive
     best = precision.flip(1).cummax(dim=1).values.flip(1)
-    points = torch.linspace(0, 1, 11, dtype=recall.dtype).expand(len(recall), 11).contiguous()
+    points = torch.linspace(0, 1, 11, dtype=torch.float64).expand(len(own), 11).contiguous()
     # A recall of 3/10 is not to miss the point 0.3 by its last bit.
-    at = torch.searchsorted((recall + 1e-12).contiguous(), points).clamp(max=recall.shape[1] - 1)
-    eleven = best.gather(1, at).mean(dim=1).where(right[:, -1] > 0, torch.nan)
-    return torch.stack([(gain * precision).sum(dim=1), eleven])
+    at = torch.searchsorted((right / every + 1e-12).contiguous(), points).clamp(max=len(where) - 1)
+    eleven = best.gather(1, at).mean(dim=1).where(every.squeeze(1) > 0, torch.nan)
+    return torch.stack([whole, eleven])
