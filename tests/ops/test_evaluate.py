@@ -88,7 +88,8 @@ def test_the_table_says_what_it_was_given(given, capsys, tmp_path):
 def test_usual_neighbours_that_do_not_fit_are_left_out_with_a_line_that_says_so(given, capsys):
     results = run("knn", given)
     assert [value.protocol for value in results.values] == ["kNN, k = 20"]
-    (line,) = (json.loads(row) for row in capsys.readouterr().err.splitlines() if "neighbours" in row)
+    events = map(json.loads, capsys.readouterr().err.splitlines())
+    (line,) = (each for each in events if each["event"] == "neighbours")
     assert line["message"] == "k = 200 is left out, k = 20 is used: there are only 80 training images"
 
 
