@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from streamswav.arguments import Parser
-from streamswav.config import ModelSection
+from streamswav.config import ModelSection, load_config
 from streamswav.errors import EXIT_DONE, ConfigError, NonFiniteError, StreamswavError
 from streamswav.models import Trunk, build_trunk
 from streamswav.stream.store import Store, join, redact
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> Results:
     value = Value(name, _settings(args), "checkpoint", scores)
     data = {"train": _describe(train, args.train_annotations), "test": _describe(test, args.test_annotations)}
     results = Results(source, data, images, {"detection": args.seed}, [value], command="detect.py")
-    ranks.lead(lambda: Store().write(join(args.out, RESULTS), results.to_json().encode()))
+    ranks.lead(lambda: _store().write(join(args.out, RESULTS), results.to_json().encode()))
     return results
 
 
@@ -148,12 +149,17 @@ def rate_share(iteration: int, args: argparse.Namespace) -> float:
     return share * (args.warmup_factor + (1 - args.warmup_factor) * iteration / args.warmup)
 
 
+def _store() -> Store:
+    """Reach object storage as STREAMSWAV_STORAGE__KEY in the environment says."""
+    return Store(load_config(None, os.environ, []).storage)
+
+
 def _open(args: argparse.Namespace) -> tuple[Trunk, Sequence[float], Sequence[float], dict[str, Any]]:
     """Return the trunk with the normalisation of its images; without weights, one from scratch."""
     if not args.weights:
         trunk = build_trunk(ModelSection(trunk=args.trunk))
         return trunk, *_IMAGENET, {"trunk": args.trunk, "checkpoint": "from scratch"}
-    trunk, info = open_trunk(args.weights)
+    trunk, info = open_trunk(args.weights, storage=_store().section)
     crops, section = info.config.crops, info.config.model
     source = {"trunk": section.trunk, "width": section.width, "checkpoint": redact(info.url)}
     return trunk, crops.mean, crops.std, source
@@ -170,7 +176,7 @@ def _restore(
     detector: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, ranks: Ranks
 ) -> int:
     """Go on from the checkpoint, if there is one; return the first iteration that is still to be done."""
-    store, place = Store(), join(args.out, CHECKPOINT)
+    store, place = _store(), join(args.out, CHECKPOINT)
     if not ranks.lead(lambda: store.exists(place)):
         return 0
     state = unpack(store.read(place))
@@ -193,7 +199,7 @@ def _save(
     def write() -> None:
         state = {"detector": detector.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"iteration": iteration, "settings": _settings(args)}
-        Store().write(join(args.out, CHECKPOINT), pack(state))
+        _store().write(join(args.out, CHECKPOINT), pack(state))
 
     ranks.lead(write)
 
