@@ -189,6 +189,8 @@ class BlockCache:
             if now - modified > ORPHAN_SECONDS if orphan else used > most:
                 path.unlink(missing_ok=True)
                 used -= size
+                with suppress(OSError):
+                    path.parent.rmdir()  # the object's last block
         return used
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:

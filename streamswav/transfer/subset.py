@@ -25,7 +25,7 @@ from streamswav.stream.key_table import hash_key, normalise_key
 from streamswav.stream.labels import Labels
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.reader import ShardReader
-from streamswav.stream.select import read_lines
+from streamswav.stream.select import Selection, read_lines
 from streamswav.stream.store import Store, redact
 from streamswav.training.distributed import Ranks, local_world_size
 from streamswav.transfer.subset_folder import Subset, begin_subset, commit_subset, find_subset
@@ -74,13 +74,14 @@ def draw_subset(
     *,
     storage: StorageSection,
     labels: Labels,
+    select: Selection | None = None,
     ranks: Ranks | None = None,
     workers: int | None = None,
     on_shard: Callable[[], object] = lambda: None,
 ) -> Subset:
     """Draw one subset, as `draw_subsets` does."""
-    options: dict[str, Any] = {"storage": storage, "labels": labels, "ranks": ranks, "workers": workers}
-    return draw_subsets(urls, {target: request}, **options, on_shard=on_shard)[target]
+    options: dict[str, Any] = {"storage": storage, "labels": labels, "select": select, "ranks": ranks}
+    return draw_subsets(urls, {target: request}, **options, workers=workers, on_shard=on_shard)[target]
 
 
 def draw_subsets(
@@ -89,6 +90,7 @@ def draw_subsets(
     *,
     storage: StorageSection,
     labels: Labels,
+    select: Selection | None = None,
     ranks: Ranks | None = None,
     workers: int | None = None,
     on_shard: Callable[[], object] = lambda: None,
@@ -103,6 +105,7 @@ def draw_subsets(
         requests: what is to be drawn, by the folder that it goes to (local or s3://).
         storage: how both are reached.
         labels: of the samples; those without are left out.
+        select: tells what is not trained, and so not drawn (`stream.exclude`, `stream.where`).
         ranks: this process among those that work; default: it is alone.
         workers: processes of each rank that read and write; 0: it does so by itself. Default: none for less
             than a gigabyte, else the cores of the machine by its ranks, at most 8.
@@ -118,8 +121,8 @@ def draw_subsets(
     """
     for request in requests.values():
         _check(request, labels)
-    ranks, store = ranks or Ranks(), Store(storage)
-    manifest, tasks = ranks.lead(lambda: _prepare(urls, requests, labels, store))
+    ranks, store, select = ranks or Ranks(), Store(storage), select or Selection.none()
+    manifest, tasks = ranks.lead(lambda: _prepare(urls, requests, f"{labels.digest} {select.digest}", store))
     drawn = {task.target: task.finished for task in tasks if task.finished}
     workers = _pick_workers(manifest) if workers is None else workers
     drawing = _Drawing(manifest, labels, store, ranks, workers)
@@ -127,7 +130,8 @@ def draw_subsets(
     if open_tasks:
         share = range(ranks.rank, len(manifest.shards), ranks.world_size)
         reader = ShardReader(manifest, storage, read_ahead=2)
-        work = partial(scan, reader, share, [task.choice for task in open_tasks], labels, workers=workers)
+        choices = [task.choice for task in open_tasks]
+        work = partial(scan, reader, share, choices, labels, select=select, workers=workers)
         parts = ranks.each(partial(work, on_shard=on_shard))
         for task, first, *others in zip(open_tasks, *parts, strict=True):
             for other in others:
@@ -234,11 +238,11 @@ def _check(request: SubsetRequest, labels: Labels) -> None:
 
 
 def _prepare(
-    urls: Sequence[str], requests: Mapping[str, SubsetRequest], labels: Labels, store: Store
+    urls: Sequence[str], requests: Mapping[str, SubsetRequest], judges: str, store: Store
 ) -> tuple[Manifest, list[_Task]]:
     """List the shards, read the lists, and look what lies in the folders; mark what is begun."""
     manifest = list_manifest(urls, store)
-    tasks = [_make_task(manifest, target, request, labels, store) for target, request in requests.items()]
+    tasks = [_make_task(manifest, target, request, judges, store) for target, request in requests.items()]
     for task in tasks:
         if task.finished is None:
             about = {"digest": task.digest, "request": task.request.describe()}
@@ -246,13 +250,11 @@ def _prepare(
     return manifest, tasks
 
 
-def _make_task(
-    manifest: Manifest, target: str, request: SubsetRequest, labels: Labels, store: Store
-) -> _Task:
+def _make_task(manifest: Manifest, target: str, request: SubsetRequest, judges: str, store: Store) -> _Task:
     listed = _read_list(request, store) if request.keys else {}
     hashes = np.array(sorted(listed), np.uint64) if request.keys else None
     choice = Choice(request.per_class, request.seed, hashes)
-    digest = _digest(manifest, choice, labels)
+    digest = _digest(manifest, choice, judges)
     finished = find_subset(target, store, digest=digest, option=request.option)
     return _Task(target, request, choice, tuple(listed[each] for each in sorted(listed)), digest, finished)
 
@@ -265,10 +267,13 @@ def _read_list(request: SubsetRequest, store: Store) -> dict[int, str]:
     return keys
 
 
-def _digest(manifest: Manifest, choice: Choice, labels: Labels) -> str:
-    """Hash what decides the subset; shards by their versions, so that one that was redacted is another."""
+def _digest(manifest: Manifest, choice: Choice, judges: str) -> str:
+    """Hash what decides the subset; `judges` is of labels and selection.
+
+    Shards count by their versions: one that was redacted is another.
+    """
     whole = hashlib.blake2b(digest_size=16)
-    whole.update(json.dumps([_VERSION, choice.per_class, choice.seed, labels.digest]).encode())
+    whole.update(json.dumps([_VERSION, choice.per_class, choice.seed, judges]).encode())
     whole.update(b"" if choice.hashes is None else choice.hashes.tobytes())
     for shard in manifest.shards:
         whole.update(f"{shard.key}\0{shard.size}\0{shard.version}\n".encode())

@@ -19,6 +19,7 @@ from streamswav.stream.labels import Label, Labels
 from streamswav.stream.outcomes import LOST_REASONS
 from streamswav.stream.pieces import Piece
 from streamswav.stream.reader import ShardReader
+from streamswav.stream.select import Selection
 from streamswav.stream.store import redact
 from streamswav.stream.tar import Damage, TarSample
 
@@ -120,6 +121,7 @@ def scan(
     choices: Sequence[Choice],
     labels: Labels,
     *,
+    select: Selection,
     workers: int,
     on_shard: Callable[[], object],
 ) -> list[Picked]:
@@ -130,6 +132,7 @@ def scan(
         shards: indices in the reader's manifest.
         choices: what is wanted.
         labels: of the samples; those without are not picked.
+        select: tells which samples are not trained; these are not picked either.
         workers: processes that read; 0: this one does.
         on_shard: called after each shard.
 
@@ -141,7 +144,7 @@ def scan(
         StorageError: one is out of reach.
     """
     picked = [Picked(choice) for choice in choices]
-    work = _Scan(reader, tuple(shards), tuple(choices), labels)
+    work = _Scan(reader, tuple(shards), tuple(choices), labels, select)
     with open_loader(work, workers=min(workers, len(shards))) as parts:
         for part in parts:
             if part is None:
@@ -168,6 +171,7 @@ class _Scan(IterableDataset[tuple[Picked, ...] | Failed]):
     shards: tuple[int, ...]
     choices: tuple[Choice, ...]
     labels: Labels
+    select: Selection
 
     def __iter__(self) -> Iterator[tuple[Picked, ...] | Failed]:
         worker = get_worker_info()
@@ -193,7 +197,7 @@ class _Scan(IterableDataset[tuple[Picked, ...] | Failed]):
         if not picked:
             return
         try:
-            label = self._label(sample)
+            label = self._label(shard, sample)
         except DecodeError as error:
             for each in picked:
                 each.skipped[error.reason] += 1
@@ -203,9 +207,11 @@ class _Scan(IterableDataset[tuple[Picked, ...] | Failed]):
             order = order_of(each.choice.seed, name, sample.ordinal)
             each.add(Record(order, shard, sample.ordinal, sample.start, sample.stop, sample.key, label))
 
-    def _label(self, sample: TarSample) -> Label:
+    def _label(self, shard: int, sample: TarSample) -> Label:
         if sample.reason:
             raise DecodeError(sample.reason)
+        if verdict := self.select.judge(sample, self.reader.manifest.shards[shard].key):
+            raise DecodeError(": ".join(verdict) if verdict[0] == "filtered" else verdict[1])
         label = self.labels.of(sample.key, sample.members)
         if sample.image is None:
             raise DecodeError("no_image")

@@ -15,10 +15,11 @@ from conftest import encode_image
 from distributed.ranks import run_ranks
 from shard_parts import END, join, sample
 
-from streamswav.config import LabelsSection, StorageSection
+from streamswav.config import LabelsSection, StorageSection, StreamSection
 from streamswav.errors import ConfigError, DataError, DeniedError
 from streamswav.stream import open_stream
 from streamswav.stream.labels import Labels, load_labels
+from streamswav.stream.select import load_selection
 from streamswav.stream.store import Store
 from streamswav.training.distributed import Ranks
 from streamswav.transfer import subset_write
@@ -184,6 +185,18 @@ def test_what_has_no_label_or_image_or_cannot_be_parsed_is_not_drawn(tmp_path):
     write_tar(tmp_path / "none/a.tar", *parts[1:])
     with pytest.raises(DataError, match=r"nothing to draw.*1 no_label.*\.cls member"):
         draw(tmp_path / "none", tmp_path / "empty")
+
+
+def test_what_is_not_trained_is_not_drawn(source, tmp_path):
+    (tmp_path / "gone.txt").write_text("0_0\nshard-000001.tar:1_3\n")
+    section = StreamSection(exclude=[str(tmp_path / "gone.txt")], where=["label != 9"])
+    select = load_selection(section, Store(), size_of=lambda _: (1, 1))
+    drawn = draw(source, tmp_path / "subset", {"per_class": 11}, select=select)
+    assert drawn.samples == 88
+    assert not {"0_0", "1_3"} & set(keys_in(tmp_path / "subset"))
+    assert dict(drawn.skipped) == {"list": 2, "filtered: label != 9": 10}
+    with pytest.raises(ConfigError, match="is another"):
+        draw(source, tmp_path / "subset", {"per_class": 11})
 
 
 def test_a_finished_subset_is_used_and_another_is_not_written_over_it(source, tmp_path):
