@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -15,9 +16,11 @@ from streamswav.errors import ConfigError, NotFoundError
 from streamswav.models import Trunk, build_trunk
 from streamswav.stream.labels import Labels, load_labels
 from streamswav.stream.manifest import list_manifest
+from streamswav.stream.select import Selection
 from streamswav.stream.store import Store, join
 from streamswav.training.build import AUTOCAST, build_scaler, distribute, prepare_trunk
 from streamswav.training.distributed import Ranks
+from streamswav.training.feeding import build_selection
 from streamswav.training.optim import build_optimizer
 from streamswav.transfer.finetune_crops import FinetuneCrop
 from streamswav.transfer.finetune_network import FinetuneNetwork, head_settings, parameter_groups
@@ -69,9 +72,10 @@ def prepare_data(config: Config, ranks: Ranks, store: Store) -> LabelledData:
     if section.per_class is None and not section.subset:
         return LabelledData(config, train, test, test_urls)
     target, request = subset_of(config)
-    subset = draw_subset(
-        config.stream.urls, request, target, storage=config.storage, labels=train, ranks=ranks
-    )
+    chosen: list[Selection] = []
+    ranks.each(lambda: chosen.append(build_selection(config, store)))
+    drawing = partial(draw_subset, storage=config.storage, labels=train, select=chosen[0], ranks=ranks)
+    subset = drawing(config.stream.urls, request, target)
     config = _with(config, "stream", urls=list(subset.urls), samples=subset.samples)
     # The subset's shards have class numbers, whatever told them where it was drawn.
     train = train if train.multi else Labels(classes)

@@ -207,7 +207,8 @@ class _Drawing:
         """Return what `subset.json` says, but for the shards and what is missing."""
         manifest, request = self.manifest, task.request
         labels = (entry.record.label for entry in entries)
-        counts = Counter(number for each in labels for number in ((each,) if isinstance(each, int) else each))
+        numbers = (number for each in labels for number in ((each,) if isinstance(each, int) else each))
+        counts = Counter(number for number in numbers if number >= 0)
         classes = range(self.labels.classes) if self.labels.classes else sorted(counts)
         short = [number for number in classes if counts[number] < (request.per_class or 0)]
         return {
