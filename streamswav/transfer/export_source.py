@@ -23,7 +23,7 @@ RESULTS_FILE = "results.json"
 _CHECKPOINTS = "checkpoints"
 _MANIFEST = "manifest.json"
 _POSITION = "position.json"
-_RECIPE = ("crops", "model", "swav", "optimizer", "training", "finetune")
+_RECIPE = ("crops", "model", "optimizer", "training")
 _OF_STREAM = ("seed", "passes", "samples", "columns", "rows", "window")
 _HEAD = re.compile(r"head\.(?:heads\.(?P<number>\d+)\.)?(?P<kind>weight|bias)")
 
@@ -73,7 +73,9 @@ def read_source(
     weights = read_weights(path, storage=storage)
     info = weights.info
     known = info.step is not None
-    recipe, data = (_recipe(info), _describe_data(info, Store(storage))) if known else (None, {})
+    finetuned = any(name.startswith("head.") for name in weights.beside)
+    recipe = _recipe(info, "finetune" if finetuned else "swav") if known else None
+    data = _describe_data(info, Store(storage)) if known else {}
     classifier = _choose_classifier(weights.beside, head, tell)
     return Source(weights.build_trunk(), weights.beside, classifier, info, recipe, data)
 
@@ -120,10 +122,11 @@ def _choose_classifier(
     return found.get(head or 0, {})
 
 
-def _recipe(info: TrunkInfo) -> dict[str, Any]:
+def _recipe(info: TrunkInfo, objective: str) -> dict[str, Any]:
+    """Return the sections that say how the run trained; `objective` is the section of its loss."""
     values = info.config.model_dump(mode="json")
     stream = {name: values["stream"][name] for name in _OF_STREAM}
-    return {"stream": stream, **{name: values[name] for name in _RECIPE if name in values}}
+    return {"stream": stream, **{name: values[name] for name in (*_RECIPE, objective)}}
 
 
 def _describe_data(info: TrunkInfo, store: Store) -> dict[str, Any]:

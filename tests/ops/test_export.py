@@ -189,7 +189,10 @@ def test_the_classifier_of_a_finetuned_run_is_fc_and_a_second_output(tmp_path, m
     run_folder = save_finetuned(tmp_path, 1)
     formats = ["torchvision", "timm", "reference", "torch.export"]
     export(run_folder, str(tmp_path / "out"), formats=formats)
-    assert facts_of(tmp_path / "out")["model"]["classes"] == 5
+    facts = facts_of(tmp_path / "out")
+    assert facts["model"]["classes"] == 5
+    assert "finetune" in facts["recipe"]
+    assert "swav" not in facts["recipe"]
     monkeypatch.chdir(tmp_path / "out")
     for block in snippets((tmp_path / "out" / "README.md").read_text())[:4]:
         named = {}
