@@ -175,7 +175,7 @@ def test_several_labels_an_image_are_as_wide_on_every_rank(data, tmp_path):
     first, second = run_ranks(OnRanks(str(data), labels=labels), 2, tmp_path / "ranks")
     assert first["own"]["labels"].shape[1] == second["own"]["labels"].shape[1]
     hot = first["all"]["labels"]
-    assert hot.dtype == torch.bool
+    assert hot.dtype == torch.int8
     assert (hot.sum(dim=1) == 2).all()
     names = {tuple(row.nonzero().flatten().tolist()) for row in hot}
     assert len(names) == 3
