@@ -304,6 +304,9 @@ class LabelsSection(Section):
     )
     key: str = Field("key", description="column of keys, or of file names")
     label: Texts = Field(["label"], description="column of labels; several: 0/1 columns, a class each")
+    unknown: str = Field(
+        "", description="in 0/1 columns: a class that is neither counted nor not (VOC's difficult): 0 or -1"
+    )
     split: str = Field("", description="column that tells the split of a sample; default: all are in each")
     train_split: Texts = Field(["train"], description="what that column calls training samples")
     val_split: Texts = Field(["val"], description="what it calls validation samples")
@@ -595,6 +598,11 @@ def _check_labels(config: Config) -> None:
     if len(labels.label) > 1 and labels.separator:
         reason = "several columns of labels are a class each; a separator parts the labels of one column"
         raise ConfigError("labels.separator", reason, value=labels.separator)
+    if labels.unknown not in ("", "0", "-1"):
+        raise ConfigError("labels.unknown", "is 0 or -1, in 0/1 columns", value=labels.unknown)
+    if labels.unknown and len(labels.label) == 1:
+        reason = "is about 0/1 columns: name them in labels.label, a class each"
+        raise ConfigError("labels.unknown", reason, value=labels.unknown)
 
 
 def _check_evaluation(config: Config) -> None:

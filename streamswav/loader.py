@@ -265,14 +265,15 @@ class LaneBatches(IterableDataset[Item]):
 
 
 def _stack(labels: Sequence[Label], among: Labels) -> torch.Tensor:
-    """Make one tensor of the labels of a batch: numbers [B], or of several an image 0 and 1 [B, C]."""
+    """Make one tensor of the labels of a batch: numbers [B], or of several an image 0, 1 and -1 [B, C]."""
     if not among.multi:
         return torch.tensor(labels, dtype=torch.int64)
     assert among.classes is not None
     wanted = torch.zeros(len(labels), among.classes)
     for row, classes in zip(wanted, labels, strict=True):
         assert isinstance(classes, tuple)
-        row[list(classes)] = 1
+        row[[number for number in classes if number >= 0]] = 1
+        row[[~number for number in classes if number < 0]] = -1
     return wanted
 
 

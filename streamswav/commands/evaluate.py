@@ -15,8 +15,8 @@ from streamswav.drain import drain_on_signals
 from streamswav.errors import ConfigError, DeniedError, NotFoundError
 from streamswav.stream.store import Store
 from streamswav.telemetry.progress import Reporter
-from streamswav.training.distributed import join_ranks, own_heartbeat, own_rank
-from streamswav.training.watchdog import watch
+from streamswav.training.distributed import join_ranks, own_heartbeat
+from streamswav.training.watchdog import Watchdog
 from streamswav.transfer.baselines import BASELINES
 from streamswav.transfer.evaluation import PROTOCOLS, Wanted, evaluate
 from streamswav.transfer.knn import KnnSettings
@@ -133,7 +133,7 @@ def _run(
     with ExitStack() as stack:
         drain = stack.enter_context(drain_on_signals())
         drain.patient = True  # it is asked at every batch
-        watchdog = stack.enter_context(watch(given.watchdog, own_heartbeat(), rank=own_rank()))
+        watchdog = Watchdog(given.watchdog, own_heartbeat())  # the launcher looks, if there is one
         ranks = stack.enter_context(join_ranks(args.device))
         if args.json and args.json != "-":
             ranks.lead(lambda: _check_writable(args.json, store))

@@ -2,7 +2,8 @@
 
 A whole number in a column of labels is a class number; in a column without any, all texts are class names.
 An empty cell is no label. Several columns of labels are a class each: 1 stands for present, 0, -1 and an
-empty cell for not present.
+empty cell for not present, except for the one that `labels.unknown` names: there nobody knows. A class of
+which nobody knows is held as the complement of its number, ~number.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ class _Gathered:
 
     def _code(self, line: int, cells: Sequence[object]) -> int:
         if self._by_column:
-            present = tuple(number for number, cell in enumerate(cells) if self._is_present(line, cell))
+            known = [self._read_cell(line, number, cell) for number, cell in enumerate(cells)]
+            present = tuple(number for number in known if number is not None)
             return self._sets.setdefault(present, len(self._sets))
         (cell,) = cells
         if isinstance(cell, list) and not self._multi:
@@ -168,10 +170,13 @@ class _Gathered:
             self._first_lines.append(line)
         return self._values.setdefault(value, len(self._values))
 
-    def _is_present(self, line: int, cell: object) -> bool:
+    def _read_cell(self, line: int, number: int, cell: object) -> int | None:
+        """Return the number of a class that is present, ~number where nobody knows, None where it is not."""
         text = "" if cell is None else str(cell).strip()
+        if text and text.removesuffix(".0") == self._section.unknown:
+            return ~number
         if text in _PRESENT or text in _ABSENT:
-            return text in _PRESENT
+            return number if text in _PRESENT else None
         raise self._refuse(f"line {line} has {text!r} where a class is 1 (present), 0 or -1")
 
     def close(self, names: Sequence[str] | None) -> tuple[LabelTable, tuple[str, ...] | None, int]:
@@ -193,6 +198,8 @@ class _Gathered:
         if not self._multi:
             codes = np.where(codes >= 0, translation[codes], codes)
             return self._table(keys, codes, ()), inferred, classes
+        if self._by_column:
+            return self._table(keys, codes, list(self._sets)), inferred, classes
         sets = [tuple(sorted({int(translation[value]) for value in values})) for values in self._sets]
         return self._table(keys, codes, sets), inferred, classes
 

@@ -63,7 +63,9 @@ class Labels:
         return Labels()
 
     def of(self, key: str, members: Mapping[str, bytes]) -> Label:
-        """Return a sample's class number, or with `multi` the growing numbers of its classes.
+        """Return a sample's class number, or with `multi` the numbers of its classes.
+
+        A class of which nobody knows is ~number there (`labels.unknown`).
 
         Args:
             key: of the sample.

@@ -24,8 +24,9 @@ class Features:
     """Features of N images, sorted by shard and place in the shard.
 
     Attributes:
-        features: float32 [N, F] on the CPU, as they leave the trunk (not normalised).
-        labels: int64 [N]; bool [N, C] where an image may have several.
+        features: float32, or float16 where asked for, [N, F] on the CPU, as they leave the trunk (not
+            normalised).
+        labels: int64 [N]; where an image may have several int8 [N, C]: 1, 0, or -1 where nobody knows.
         keys: N names.
         skipped: samples and unreadable stretches that were not used, by reason.
         places: int64 [N, 2], of each image the index of its shard and its number in the shard.
@@ -44,12 +45,14 @@ class Collected:
 
     Attributes:
         on_images: called with the number of images that were computed so far.
+        dtype: that features are held in.
         parts: features and the rest of each; no features where there are no images.
         skipped: samples and damages by reason.
         images: that were computed.
     """
 
     on_images: Callable[[int], None]
+    dtype: torch.dtype = torch.float32
     parts: dict[Stretch, tuple[Tensor | None, Rows]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     images: int = 0
@@ -78,7 +81,7 @@ class Collected:
         """Nothing follows from them."""
 
     def _add(self, stretch: Stretch, features: Tensor | None, rows: Rows, account: Account) -> None:
-        self.parts[stretch] = features, rows
+        self.parts[stretch] = None if features is None else features.to(self.dtype), rows
         for (_, reason), count in account.passed.items():
             self.skipped[reason] += count
         self.skipped.update(account.damages)
@@ -100,7 +103,7 @@ class Collected:
         told = ranks.gather((count, width, highest, dict(self.skipped)))
         if not any(each[0] for each in told):
             raise ManifestError(_explain_nothing([each[3] for each in told], labels))
-        features = torch.empty(count, max(each[1] for each in told))
+        features = torch.empty(count, max(each[1] for each in told), dtype=self.dtype)
         begin = 0
         for stretch in stretches:
             part = self.parts.pop(stretch)[0]
@@ -123,12 +126,14 @@ class Collected:
 
 
 def _to_tensor(labels: Sequence[Label | None], classes: int | None) -> Tensor:
-    """Return int64 [N], or of several labels an image bool [N, C]."""
+    """Return int64 [N], or of several labels an image int8 [N, C]."""
     if classes is None:
         return torch.tensor(labels, dtype=torch.int64)
-    hot = torch.zeros(len(labels), classes, dtype=torch.bool)
+    hot = torch.zeros(len(labels), classes, dtype=torch.int8)
     for row, label in zip(hot, labels, strict=True):
-        row[list(label) if isinstance(label, tuple) else []] = True
+        numbers = label if isinstance(label, tuple) else ()
+        row[[number for number in numbers if number >= 0]] = 1
+        row[[~number for number in numbers if number < 0]] = -1
     return hot
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor
 
 from streamswav.config import CropsSection, LabelsSection, StorageSection
 from streamswav.errors import ConfigError, DrainedError, NonFiniteError
@@ -191,10 +190,13 @@ class _Work:
             batch=wanted.batch,
             device=self.ranks.device,
             limit=wanted.limit,
+            dtype=torch.float16 if wanted.half and role == "train" else torch.float32,
             give_up=self.stop,
             on_images=_progress(self.reporter, role),
         )
-        return replace(found, features=_halve(found.features)) if wanted.half and role == "train" else found
+        if wanted.half and not all(part.isfinite().all() for part in torch.split(found.features, _PART)):
+            raise NonFiniteError("some features are too large for float16; leave --half out")
+        return found
 
     def _measure(self, widths: dict[str, int], learnt: Features, asked: Features) -> list[Value] | None:
         """Let all ranks search for neighbours, then rank 0 train classifiers; return its values."""
@@ -328,13 +330,6 @@ def _describe(info: TrunkInfo, features: int) -> dict[str, object]:
         "images": info.images,
         "layout": info.layout,
     }
-
-
-def _halve(features: Tensor) -> Tensor:
-    half = features.half()
-    if not all(part.isfinite().all() for part in torch.split(half, _PART)):
-        raise NonFiniteError("some features are too large for float16; leave --half out")
-    return half
 
 
 def _default_workers() -> int:

@@ -46,6 +46,7 @@ def extract(
     batch: int = 256,
     device: torch.device | str = "cpu",
     limit: int | None = None,
+    dtype: torch.dtype = torch.float32,
     give_up: Callable[[], bool] = lambda: False,
     on_images: Callable[[int], None] = lambda _: None,
 ) -> Features:
@@ -69,6 +70,7 @@ def extract(
         batch: images through the trunk at once, at most `part`. Another number rounds otherwise.
         device: of the trunk.
         limit: use only about so many images, the first ones of every shard.
+        dtype: that features are held in; those that are kept are float32.
         give_up: whether to stop; asked on every rank after each batch.
         on_images: called with the number of images that this rank has done, after each batch.
 
@@ -102,7 +104,7 @@ def extract(
         stops=first_of_each(limit, len(manifest.shards)),
         folder=folder,
     )
-    collected = Collected(on_images)
+    collected = Collected(on_images, dtype)
     job.run(collected, give_up=give_up)
     if folder is not None:
         _finish_folder(folder, collected, manifest, ranks, notes=notes)

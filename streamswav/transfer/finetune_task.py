@@ -123,7 +123,9 @@ class Finetuning:
         images, labels = tensors
         targets = labels
         if self._mixing.active:
-            shares = labels if self._multi else nn.functional.one_hot(labels, self._classes).float()
+            shares = (
+                labels.clamp(min=0) if self._multi else nn.functional.one_hot(labels, self._classes).float()
+            )
             images, targets = self._mixing(images, shares, seen=stride.images)
         result, scores = self.learner.step(images, targets, rate=stride.rate)
         if not self._multi:  # of mixed images the one whose label counts is the batch's own

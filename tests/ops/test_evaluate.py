@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from tiny_run import save_tiny_run, tiny_config
 
 from streamswav.commands import evaluate as command
-from streamswav.config import Config, CropsSection, StorageSection
+from streamswav.config import Config, CropsSection, LabelsSection, StorageSection
 from streamswav.errors import EXIT_CONFIG, CheckpointError, ConfigError, DeniedError
 from streamswav.transfer.baselines import RawPixels
 from streamswav.transfer.evaluation import Wanted, choose_preprocessing, evaluate
@@ -52,11 +53,11 @@ def given(make_shards, tmp_path):
     ]
 
 
-def run(name, arguments, storage=None):
+def run(name, arguments, storage=None, given=None):
     add, carry_out = PARTS[name]
     parser = argparse.ArgumentParser()
     add(parser)
-    return carry_out(parser.parse_args(arguments), given=Config(storage=storage or StorageSection()))
+    return carry_out(parser.parse_args(arguments), given=given or Config(storage=storage or StorageSection()))
 
 
 def test_knn_tells_every_k_and_every_column(given, capsys):
@@ -244,3 +245,80 @@ def test_raw_pixels_undo_the_normalisation():
     pixels = RawPixels(8, mean=mean, std=std)(normalised)
     torch.testing.assert_close(pixels, plain.flatten(1))
     assert RawPixels(4, mean=mean, std=std)(normalised).shape == (2, 48)
+
+
+@pytest.fixture
+def several(given, tmp_path):
+    """Arguments for images of several labels, in a table; one class is unknown of every third test image."""
+    keys = {
+        role: (f"{shard}_{index}" for shard in range(2) for index in range(40)) for role in ("train", "test")
+    }
+    rows = [
+        f"{role}/{key},{int(number % 4 in (0, 3))},{int(number % 4 == 1)},{0 if number % 3 else -1}"
+        for role, found in keys.items()
+        for number, key in enumerate(found)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["key,warm,green,odd", *rows]) + "\n")
+    for role in ("train", "test"):
+        _rename(tmp_path / role, role)
+    section = LabelsSection(file=str(tmp_path / "labels.csv"), label=["warm", "green", "odd"], unknown="-1")
+    return given, Config(labels=section)
+
+
+def _rename(folder, role):
+    """Put the role before every key."""
+    for shard in folder.glob("*.tar"):
+        with tarfile.open(shard) as old:
+            members = [(each, old.extractfile(each).read()) for each in old]
+        with tarfile.open(shard, "w") as new:
+            for each, data in members:
+                each.name = f"{role}/{each.name}"
+                new.addfile(each, io.BytesIO(data))
+
+
+def test_images_of_several_labels_from_a_table_get_average_precision(several):
+    given, config = several
+    arguments = [*given, "--protocols", "knn", "linear", "svm", "--k", "5", "--epochs", "20", "--costs", "1"]
+    results = run("evaluate", [*arguments, "--baselines", "pixels"], given=config)
+    for protocol in ("kNN, k = 5", "linear", "svm"):
+        value = results.value(protocol, "pixels")
+        assert value.scores["mAP"] > 0.9
+        assert value.settings["classes_without_a_test_image"] == 1  # nothing is odd
+        assert value.intervals["mAP"].method == "bootstrap"
+    assert results.data["train"].classes == 3
+    assert results.data["train"].labels.endswith("labels.csv")
+    assert results.seeds["bootstrap"] == 0
+
+
+def test_a_grid_shows_the_chosen_head_the_best_one_and_all(given, capsys):
+    arguments = [*given, "--epochs", "2", "--rate", "0.001", "0.3", "--weight-decay", "0", "0.01"]
+    results = run("linear", arguments)
+    chosen = results.value("linear").settings
+    assert chosen["chosen"] == "of 4 by 10% of the training images, held out"
+    own = f"linear, rate {chosen['rate']:g}, weight decay {chosen['weight_decay']:g}"
+    assert results.value(own).scores == results.value("linear").scores
+    assert own in capsys.readouterr().out
+    best = results.value("linear, best of 4 by the test images (optimistic)")
+    assert best.scores["top1"] == max(value.scores["top1"] for value in results.values)
+    unchosen = run("linear", [*arguments, "--validation", "0"])
+    assert "linear" not in {value.protocol for value in unchosen.values}
+    assert unchosen.value(own).scores == results.value(own).scores
+
+
+def test_training_features_in_half_precision_are_said_to_be(given):
+    results = run("knn", [*given, "--k", "5", "--half"])
+    exact = run("knn", [*given, "--k", "5"])
+    assert results.value("kNN, k = 5").settings["training_features"] == "float16"
+    assert results.value("kNN, k = 5").scores["top1"] == pytest.approx(
+        exact.value("kNN, k = 5").scores["top1"], abs=0.1
+    )
+
+
+def test_the_same_images_have_the_same_digest_in_whatever_shards(given, make_shards, tmp_path):
+    one = run("knn", [*given, "--k", "1"]).data["test"]
+    other = run("knn", [*given, "--k", "1", "--test", str(tmp_path / "train")]).data["test"]
+    shard = tmp_path / "test" / "shard-000000.tar"
+    shard.rename(tmp_path / "test" / "renamed.tar")
+    renamed = run("knn", [*given, "--k", "1"]).data["test"]
+    assert one.digest == renamed.digest != other.digest
+    assert one.shards != renamed.shards
