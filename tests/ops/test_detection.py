@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tiny_run import save_tiny_run, tiny_config
 
+from streamswav.config import CropsSection, ModelSection
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE
+from streamswav.models import build_trunk
+from streamswav.transfer.constructors import detectron2_settings
 from streamswav.transfer.results_file import read_results
 
 FOLDER = Path(__file__).parents[2] / "ops" / "recipes" / "detection"
@@ -197,6 +201,17 @@ def test_what_cannot_work_is_one_line(arguments, tmp_path, capsys, change, reaso
     assert run(arguments, tmp_path / "out", 1, "--model", "faster_rcnn", *change) == EXIT_CONFIG
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "detectron2").glob("*.yaml")), ids=lambda path: path.stem)
+def test_detectron2_settings_fit_what_is_exported_for_it(file):
+    model, crops = yaml.safe_load(file.read_text())["MODEL"], CropsSection()
+    assert model["PIXEL_MEAN"] == pytest.approx([255 * each for each in crops.mean])
+    assert model["PIXEL_STD"] == pytest.approx([255 * each for each in crops.std])
+    with torch.device("meta"):
+        settings = detectron2_settings(build_trunk(ModelSection()), ModelSection())
+    assert settings.items() <= model["RESNETS"].items()
+    assert model["BACKBONE"]["FREEZE_AT"] == 0
 
 
 @pytest.mark.all
