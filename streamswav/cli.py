@@ -185,12 +185,16 @@ def _read_config(arguments: argparse.Namespace) -> Config:
     file, given = getattr(arguments, "config", None), list(arguments.keys)
     short: list[str] = []
     if getattr(arguments, "init", None) is not None:
-        short += ["--model.init", "" if arguments.init == "scratch" else arguments.init]
+        short += ["--model.init", '""' if arguments.init == "scratch" else arguments.init]
     for name in ("per_class", "seeds", "baselines"):
         if getattr(arguments, name, None) and arguments.command == "lowshot":
             short += [f"--lowshot.{name}", json.dumps(getattr(arguments, name))]
-    base = FINETUNE_BASE if arguments.command in ("finetune", "lowshot") else {}
-    return load_config(file, os.environ, short + given, base=base)
+    finetuning = arguments.command in ("finetune", "lowshot")
+    config = load_config(file, os.environ, short + given, base=FINETUNE_BASE if finetuning else {})
+    if arguments.command in ("pretrain", "plan") and config.finetune.model_fields_set:
+        reason = f"is for streamswav finetune and lowshot; {arguments.command} has no use for it"
+        raise ConfigError(f"finetune.{min(config.finetune.model_fields_set)}", reason)
+    return config
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -22,10 +22,11 @@ from streamswav.stream.plan import Plan
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader, Sample, SampleId, pass_over
 from streamswav.stream.select import Selection
+from streamswav.stream.tar import TarSample
 
 HOPELESS = 10_000
 UNLABELLED = ("no_label", "other_split")
-"""Why a sample has no label that is not the sample's fault: it is filtered, not quarantined."""
+"""Why a sample has no label, where that is no fault of it: it is filtered, not quarantined."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,9 @@ class LaneBatches(IterableDataset[Item]):
         verdict = self.select.judge(sample, self.manifest.shards[sample.id.shard].key)
         if verdict is not None:
             return pass_over(sample.id, sample, *verdict)
-        label: Label = 0
-        if self.labels is not None:
-            try:
-                label = self.labels.of(sample.key, sample.members)
-            except DecodeError as error:
-                outcome = "filtered" if error.reason in UNLABELLED else "quarantined"
-                return pass_over(sample.id, sample, outcome, error.reason)
+        label = read_label(self.labels, sample)
+        if isinstance(label, Unlabelled):
+            return pass_over(sample.id, sample, label.outcome, label.reason)
         started = time.perf_counter()
         try:
             return self._crop(sample), label
@@ -262,6 +259,28 @@ class LaneBatches(IterableDataset[Item]):
             raise DecodeError("no_image", sample.key)
         shard = self.reader.digest(sample.id.shard)
         return self.crop(sample.image, key=(sample.id.turn, shard, sample.id.ordinal))
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Why a sample has no label. That there is none is not the sample's fault; one that is wrong is."""
+
+    reason: str
+
+    @property
+    def outcome(self) -> str:
+        """What becomes of the sample."""
+        return "filtered" if self.reason in UNLABELLED else "quarantined"
+
+
+def read_label(labels: Labels | None, sample: Sample | TarSample) -> Label | Unlabelled:
+    """Return the label of a sample; 0 where nobody asks for labels."""
+    if labels is None:
+        return 0
+    try:
+        return labels.of(sample.key, sample.members)
+    except DecodeError as error:
+        return Unlabelled(error.reason)
 
 
 def _stack(labels: Sequence[Label], among: Labels) -> torch.Tensor:

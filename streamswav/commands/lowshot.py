@@ -71,8 +71,10 @@ def _keys_of_trunk(config: Config) -> dict[str, Any]:
 
 def _command(cell: Cell, words: Sequence[str]) -> str:
     """Return the command that runs a cell anywhere."""
-    given = [text for key, value in cell.keys.items() for text in (f"--{key}", _text(value))]
-    return shlex.join(["streamswav", "launch", "finetune", *words, *given])
+    keys = {key: value for key, value in cell.keys.items() if key != "model.init"}
+    given = [text for key, value in keys.items() for text in (f"--{key}", _text(value))]
+    scratch = ["--init", "scratch"] if "model.init" in cell.keys else []
+    return shlex.join(["streamswav", "launch", "finetune", *words, *given, *scratch])
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from streamswav.crops import MultiCrop
 from streamswav.errors import EXIT_FAILED, ManifestError, PeerError
-from streamswav.loader import Batch, Exhausted, Item, LaneBatches
+from streamswav.loader import Batch, Exhausted, Item, LaneBatches, Unlabelled, read_label
 from streamswav.processes import Failed, open_loader, run_errand
 from streamswav.stream.grid import check_grid
 from streamswav.stream.labels import Labels
@@ -363,7 +363,7 @@ class Feed:
 
     def _name(self, left: Sequence[Piece]) -> list[Piece] | None:
         """Have what is left scanned, for all ranks; None where a drain is asked for meanwhile."""
-        judge = _Judge(self._select, self.manifest)
+        judge = _Judge(self._select, self.manifest, self._labels)
         scanned = self._run_errand(partial(name_samples, left, self._reader.open, judge))
         if scanned is None:
             return None
@@ -450,9 +450,14 @@ class _Judge:
 
     select: Selection
     manifest: Manifest
+    labels: Labels | None
 
     def __call__(self, shard: int, sample: TarSample) -> tuple[str, str] | None:
-        return self.select.judge(sample, self.manifest.shards[shard].key)
+        verdict = self.select.judge(sample, self.manifest.shards[shard].key)
+        label = read_label(self.labels, sample)
+        if verdict is None and isinstance(label, Unlabelled):
+            return label.outcome, label.reason
+        return verdict
 
 
 def _bad(item: Item | None) -> tuple[PassedOver, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from streamswav.config import Config
 from streamswav.crops import Augment, MultiCrop
+from streamswav.crops.rand_augment import RandAugmentCrop
 from streamswav.defaults import known
 from streamswav.errors import ConfigError, NotFoundError
 from streamswav.models import Trunk, build_trunk
@@ -22,7 +23,6 @@ from streamswav.training.build import AUTOCAST, build_scaler, distribute, prepar
 from streamswav.training.distributed import Ranks
 from streamswav.training.feeding import build_selection
 from streamswav.training.optim import build_optimizer
-from streamswav.transfer.finetune_crops import FinetuneCrop
 from streamswav.transfer.finetune_network import FinetuneNetwork, head_settings, parameter_groups
 from streamswav.transfer.finetune_task import Finetuning, SupervisedLearner
 from streamswav.transfer.heads import HeadBank
@@ -86,7 +86,7 @@ def build_crop(config: Config) -> MultiCrop:
     """Build what crops a labelled image for training."""
     if not config.finetune.rand_augment:
         return MultiCrop(config.crops, seed=config.stream.seed)
-    return FinetuneCrop(config.crops, config.finetune, seed=config.stream.seed)
+    return RandAugmentCrop(config.crops, config.finetune, seed=config.stream.seed)
 
 
 def build_finetuning(config: Config, trunk: Trunk | None, ranks: Ranks, *, multi: bool) -> Finetuning:

@@ -8,7 +8,10 @@ import pytest
 from streamswav.cli import main
 
 OPS = Path(__file__).parents[2] / "ops"
-RECIPES = sorted(path.stem for path in (OPS / "recipes").glob("*.yaml"))
+SUPERVISED = ("finetune-", "lowshot-")
+RECIPES = sorted(
+    path.stem for path in (OPS / "recipes").glob("*.yaml") if not path.stem.startswith(SUPERVISED)
+)
 QUICK = ("quickstart", "r50-400ep-2x224")
 SMALL = ["--model.trunk", "resnet8", "--crops.sizes", "[32, 16]", "--training.batch", "32", "--gpus", "2"]
 EPOCHS_100 = 128_116_700

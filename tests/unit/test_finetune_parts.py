@@ -9,13 +9,13 @@ from tiny_run import tiny_config
 
 from streamswav.config import Config, CropsSection, FinetuneSection, load_config
 from streamswav.crops import MultiCrop
+from streamswav.crops.rand_augment import RandAugmentCrop
 from streamswav.defaults import FINETUNE_BASE, Facts
 from streamswav.models import build_trunk
 from streamswav.training.distributed import Ranks
 from streamswav.training.optim import build_optimizer
 from streamswav.training.pace import Stride
 from streamswav.transfer.finetune import build_finetuning
-from streamswav.transfer.finetune_crops import FinetuneCrop
 from streamswav.transfer.finetune_defaults import complete, rules_of_trunk, rules_that_hold
 from streamswav.transfer.finetune_network import FinetuneNetwork, head_settings, parameter_groups
 from streamswav.transfer.finetune_task import Finetuning
@@ -91,7 +91,7 @@ def test_both_kinds_come_by_turns() -> None:
 def test_rand_augment_is_a_function_of_the_sample_and_leaves_the_crop_and_torch_alone() -> None:
     section = CropsSection(sizes=[16], counts=[1], scales=[(0.3, 1.0)])
     plain = MultiCrop(section, seed=7)
-    made = FinetuneCrop(section, FinetuneSection(rand_augment=2), seed=7)
+    made = RandAugmentCrop(section, FinetuneSection(rand_augment=2), seed=7)
     image, changed = coloured(1), 0
     for ordinal in range(8):
         key = (0, 1234, ordinal)

@@ -1,4 +1,4 @@
-"""The crop of finetuning: one of an image, with RandAugment where that is asked for."""
+"""One crop of an image with RandAugment; loader processes import torchvision for it, so it stands alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torchvision.transforms import InterpolationMode, RandAugment
 
 from streamswav.config import CropsSection, FinetuneSection
-from streamswav.crops import Crops, MultiCrop
+from streamswav.crops.multicrop import Crops, MultiCrop
 from streamswav.philox import words
 
 
-class FinetuneCrop(MultiCrop):
+class RandAugmentCrop(MultiCrop):
     """Crops, and applies RandAugment (Cubuk et al., 2019), torchvision's, in the loader process.
 
     Its random numbers are keyed by the sample, as the crop's are; torch's own state stays as it is.
