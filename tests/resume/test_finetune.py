@@ -135,7 +135,7 @@ def test_two_ranks_train_the_same_as_one(command, tmp_path):
     assert top1(tmp_path / "alone") == pytest.approx(top1(tmp_path / "both"), abs=0.05)
 
 
-def test_a_finetuned_trunk_is_read_as_any_other(whole, bucket, s3, tmp_path, capsys):
+def test_a_finetuned_trunk_is_read_as_any_other(whole, bucket, s3, tmp_path, capfd):
     folder, _ = whole
     state = torch.load(newest(folder) / "model.pt", weights_only=True)["network"]
     trunk = load_trunk(folder)
@@ -147,7 +147,7 @@ def test_a_finetuned_trunk_is_read_as_any_other(whole, bucket, s3, tmp_path, cap
     url, _ = bucket
     words = ["--checkpoint", str(folder), "--train", f"{url}/train/", "--test", f"{url}/test/"]
     assert cli.main(["knn", *words, "--k", "5", "--storage.endpoint_url", s3.endpoint]) == EXIT_DONE
-    assert "top-1" in capsys.readouterr().out
+    assert "top-1" in capfd.readouterr().out
 
 
 def test_the_folder_of_another_kind_of_run_is_refused_in_one_line(whole, command, bucket, tmp_path):
