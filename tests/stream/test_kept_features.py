@@ -1,4 +1,4 @@
-"""Features on disk: gone on with after a kill, equal however many workers and ranks, never of something else."""
+"""Features on disk: gone on with after a kill, equal whoever computes them, never those of something else."""
 
 import json
 import multiprocessing
