@@ -9,7 +9,7 @@ from streamswav.config import Config
 from streamswav.defaults import Choice, Facts, known
 
 BATCH = 256
-TINY_SAMPLES = 4096
+TINY_SAMPLES = 1000
 """Up to so many images a pass takes about as long as it takes to start loader processes for it."""
 
 _FROZEN_RATES = [0.3, 0.1, 0.03, 1.0]
