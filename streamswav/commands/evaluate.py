@@ -281,7 +281,7 @@ def _add_svm(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_positive,
         metavar="COST",
-        help="that cross-validation tries (default: 0.01 to 10; of several labels an image VOC07's)",
+        help="that cross-validation tries (default: 0.01 to 100, of several labels an image to 1000)",
     )
 
 

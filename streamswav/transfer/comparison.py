@@ -177,9 +177,13 @@ def _other_data(first: DataUsed, other: DataUsed) -> str:
             return f"other images or labels, {first.images:,} each"
     elif (first.images, first.classes) == (other.images, other.classes):
         same = list(first.urls) == list(other.urls)
-        return "" if same else f"{' '.join(first.urls)} / {' '.join(other.urls)}, as many images and classes"
+        return (
+            ""
+            if same
+            else f"{' '.join(first.urls)} against {' '.join(other.urls)}, as many images and classes"
+        )
     return (
-        f"{first.images:,} images of {first.classes:,} classes / "
+        f"{first.images:,} images of {first.classes:,} classes against "
         f"{other.images:,} images of {other.classes:,} classes"
     )
 
@@ -187,7 +191,7 @@ def _other_data(first: DataUsed, other: DataUsed) -> str:
 def _other_settings(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """List what both files name with different values."""
     both = [name for name in first if name in other and _plain(first[name]) != _plain(other[name])]
-    return ", ".join(f"{name} {_text(first[name])} / {_text(other[name])}" for name in both)
+    return ", ".join(f"{name} {_text(first[name])} against {_text(other[name])}" for name in both)
 
 
 def _plain(value: Any) -> Any:

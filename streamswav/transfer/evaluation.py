@@ -242,7 +242,7 @@ class _Work:
         wanted = self.wanted
         if "linear" in wanted.protocols:
             self._tell_training(
-                name, f"{len(wanted.linear.heads)} linear heads, {wanted.linear.epochs} epochs"
+                name, f"linear, {wanted.linear.epochs} epochs, heads: {len(wanted.linear.heads)}"
             )
             device = self.ranks.device
             measured = measure_linear(

@@ -145,18 +145,25 @@ class Results:
 
     def to_table(self) -> str:
         """Return lines for people: what was given, then a row a measurement and a column a subject."""
-        settings: dict[str, Mapping[str, Any]] = {}
-        for each in self.values:
-            settings.setdefault(each.protocol, each.settings)
         head = {role: _describe(used) for role, used in self.data.items()}
         head |= {"model": _list(self.model), "images": _list(self.preprocessing)}
-        head |= {protocol: _list(values) for protocol, values in settings.items()}
+        head |= self._settings()
         wide = max(map(len, head))
         return "\n".join([*(f"{name:<{wide}}  {text}" for name, text in head.items()), "", *self._rows()])
 
     def value(self, protocol: str, column: str = "checkpoint") -> Value:
         """Return the one measurement of a protocol and column; KeyError where there is none."""
         return {(each.protocol, each.column): each for each in self.values}[protocol, column]
+
+    def _settings(self) -> dict[str, str]:
+        """Describe every protocol; of one with a comma in its name (`kNN, k = 200`) what the first lacks."""
+        first: dict[str, Mapping[str, Any]] = {}
+        told: dict[str, str] = {}
+        for each in self.values:
+            of_kind = first.setdefault(each.protocol.partition(",")[0], each.settings)
+            own = {name: value for name, value in each.settings.items() if of_kind.get(name) != value}
+            told.setdefault(each.protocol, _list(each.settings if of_kind is each.settings else own))
+        return {protocol: text for protocol, text in told.items() if text}
 
     def _rows(self) -> list[str]:
         columns = list(dict.fromkeys(each.column for each in self.values))

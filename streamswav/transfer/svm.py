@@ -39,7 +39,7 @@ Array = NDArray[np.float64]
 Answer = TypeVar("Answer")
 
 _COSTS_MULTI = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
-_COSTS_SINGLE = (0.01, 0.1, 1.0, 10.0)
+_COSTS_SINGLE = (0.01, 0.1, 1.0, 10.0, 100.0)
 _POSITIVE_WEIGHT = 2.0
 _MOST_ITERATIONS = 2000
 _LOOK_SECONDS = 1.0
@@ -51,7 +51,7 @@ class SvmSettings:
 
     Attributes:
         costs: that are tried; None: for images of several labels those of the VOC07 practice (0.01 to 1000),
-            else 0.01 to 10.
+            else 0.01 to 100.
         folds: of the cross-validation.
         seed: of the folds.
     """

@@ -56,8 +56,8 @@ def test_a_row_has_both_figures_and_their_difference_with_its_interval(write, ca
     ("other", "note"),
     [
         ({"test": "cd"}, "b: test data: other images or labels, 200 each"),
-        ({"resize": 32}, "b: preprocessing: resize 16 / 32"),
-        ({"temperature": 0.07}, "b: settings of kNN, k = 20: temperature 0.1 / 0.07"),
+        ({"resize": 32}, "b: preprocessing: resize 16 against 32"),
+        ({"temperature": 0.07}, "b: settings of kNN, k = 20: temperature 0.1 against 0.07"),
         ({"k": 5}, "no measurement is in all files"),
         ({"column": "pixels"}, "no measurement is in all files"),
     ],
@@ -73,8 +73,8 @@ def test_other_numbers_of_images_are_said_also_of_files_without_digest():
     elsewhere = replace(first, data={"test": DataUsed(["s3://c/test"], 200, 4)})
     notes = Comparison(["a.json", "b.json", "c.json", "d.json"], [first, fewer, elsewhere, first]).notes
     assert notes == [
-        "b: test data: 200 images of 4 classes / 100 images of 4 classes",
-        "c: test data: s3://b/test / s3://c/test, as many images and classes",
+        "b: test data: 200 images of 4 classes against 100 images of 4 classes",
+        "c: test data: s3://b/test against s3://c/test, as many images and classes",
     ]
 
 
