@@ -21,8 +21,8 @@ from streamswav.transfer.neighbours import Blocks, find_neighbours, merge
 from streamswav.transfer.precision import MeanPrecision, measure_precision
 from streamswav.transfer.results import Accuracy, Hits, count_hits
 
-# Test images of a round, on all ranks together: at 2,048 features they are 512 MiB.
-_ROUND = 65536
+# Test images of a round, on all ranks together: at 2,048 features they are 128 MiB.
+_ROUND = 16384
 _VOTES_AT_ONCE = 1 << 24
 _USUAL = (20, 200)
 
