@@ -98,7 +98,7 @@ def test_a_signal_ends_an_evaluation_with_the_code_that_says_start_again(asked, 
 
 def test_an_evaluation_that_hangs_is_ended_by_the_watchdog(asked, tmp_path):
     arguments = ["linear", *asked, "--epochs", "1000000", "--watchdog.evaluation_seconds", "2"]
-    with start_ranks(2, arguments, tmp_path / "out", launcher=[]) as running:
+    with start_ranks(1, arguments, tmp_path / "out", launcher=[]) as running:
         running.wait_until(lambda so_far: so_far.of("training"))
         os.kill(running.ranks()[0], signal.SIGSTOP)
         ended = running.wait()
