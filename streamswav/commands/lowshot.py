@@ -37,6 +37,9 @@ def lowshot(config: Config, drain: Drain, *, listed: Sequence[str] | None = None
     if not config.stream.urls:
         raise ConfigError("stream.urls", "say where the shards are, as --stream.urls s3://bucket/shards/")
     store, reporter = Store(config.storage), Reporter()
+    if store.exists(join(config.run.directory, "config.yaml")):
+        reason = "holds a run; the grid needs a folder of its own for its runs"
+        raise ConfigError("run.directory", reason, value=config.run.directory)
     cells = make_cells(config, _keys_of_trunk(config))
     done = {place: results for place, cell in enumerate(cells) if (results := finished(cell, store))}
     open_cells = [cell for place, cell in enumerate(cells) if place not in done]

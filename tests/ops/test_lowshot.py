@@ -104,5 +104,7 @@ def test_the_listed_command_runs_the_same_cell(data, done, tmp_path, capfd):
 def test_another_grid_in_the_same_folder_is_refused(data, done, capfd):
     assert cli.main(grid(data, done, **{"stream.passes": 3})) == EXIT_CONFIG
     assert "stream.passes = 3" in capfd.readouterr().err
+    assert cli.main(grid(data, done / "finetuned-4-seed-0")) == EXIT_CONFIG
+    assert "holds a run" in capfd.readouterr().err
     assert cli.main(grid(data, done, **{"lowshot.scratch": "{optimizer.rat: 1}"})) == EXIT_CONFIG
     assert "optimizer.rat" in capfd.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from streamswav.config import Config, CropsSection, dump_config, keys, load_config, parse_config
+from streamswav.defaults import FINETUNE_BASE
 from streamswav.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "ops" / "recipes").glob("*.yaml"))
@@ -166,7 +167,8 @@ def test_every_key_is_described_and_the_schema_is_json():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_valid_configuration_that_opens_with_its_lab_book_page(recipe):
-    load_config(recipe)
+    supervised = recipe.stem.startswith(("finetune-", "lowshot-"))
+    load_config(recipe, base=FINETUNE_BASE if supervised else {})
     head = recipe.read_text().split("\n\n")[0]
     for word in ("Command:", "Hardware:", "Hours:", "Expected:", "Source:"):
         assert word in head, f"{recipe.name} does not say its {word}"
