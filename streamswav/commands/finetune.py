@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from streamswav.commands.program import Program, Start
 from streamswav.commands.run_folder import Run
-from streamswav.commands.training_run import Program, Start, run_training, tell_choices
+from streamswav.commands.training_run import run_training, tell_choices
 from streamswav.config import Config
 from streamswav.crops import MultiCrop
 from streamswav.defaults import Choice, Facts, resolve

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from streamswav.commands.program import Start
 from streamswav.commands.run_folder import Run
-from streamswav.commands.training_run import Start
 from streamswav.config import Config
 from streamswav.models import SwAVNetwork
 from streamswav.training.distributed import copy_from_leader

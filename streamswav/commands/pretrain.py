@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from streamswav.commands.initial import Initial
+from streamswav.commands.program import Program
 from streamswav.commands.run_folder import Run
-from streamswav.commands.training_run import Program, run_training
+from streamswav.commands.training_run import run_training
 from streamswav.config import Config
 from streamswav.crops import Augment
 from streamswav.defaults import Choice, Facts, known, resolve

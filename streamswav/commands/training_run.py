@@ -6,16 +6,15 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from streamswav import __version__
+from streamswav.commands.program import Program, Start
 from streamswav.commands.run_folder import (
-    MANIFEST_FILE,
     Run,
     checkpoints_of,
     freeze_manifest,
@@ -24,18 +23,13 @@ from streamswav.commands.run_folder import (
     read_begun,
     refuse_other_grid,
 )
+from streamswav.commands.run_stream import agreed_selection, growth_of, on_grid, samples_of, start_position
 from streamswav.commands.summary import summarise
 from streamswav.config import Config, dump_config
-from streamswav.crops import MultiCrop
-from streamswav.defaults import Choice, Facts, known, run_samples
+from streamswav.defaults import Choice, Facts, known
 from streamswav.drain import Drain
 from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
 from streamswav.planning import trunk_parameters
-from streamswav.stream.grid import Grid, fit_grid
-from streamswav.stream.labels import Labels
-from streamswav.stream.manifest import Manifest
-from streamswav.stream.position import Position
-from streamswav.stream.select import Selection
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.exporter import serve_metrics
 from streamswav.telemetry.metrics import Metrics
@@ -48,14 +42,12 @@ from streamswav.training.distributed import (
     own_heartbeat,
     own_rank,
 )
-from streamswav.training.evaluating import Evaluator
 from streamswav.training.feed import Feed, Hooks
-from streamswav.training.feeding import begun_grid, build_feed, build_selection
-from streamswav.training.growth import Growth
+from streamswav.training.feeding import begun_grid, build_feed
 from streamswav.training.lease import Lease
 from streamswav.training.monitor import Monitor
 from streamswav.training.open_steps import OpenSteps
-from streamswav.training.pace import Pace, make_pace
+from streamswav.training.pace import make_pace
 from streamswav.training.restore import Restored, load_into, restore
 from streamswav.training.saver import Saver, without_secrets
 from streamswav.training.task import Task
@@ -64,42 +56,6 @@ from streamswav.training.watchdog import Watchdog, watch
 
 _LEADER_FIRST_SECONDS = 2.0
 _CLOSE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Start:
-    """What there is when a run starts, before its shards are listed.
-
-    Attributes:
-        begun: complete configuration of the run that is continued; None: it is new.
-    """
-
-    begun: Config | None
-    ranks: Ranks
-    store: Store
-    reporter: Reporter
-
-
-@dataclass(frozen=True)
-class Program:
-    """What tells one kind of training from another; every rank calls all of it in the same order.
-
-    Attributes:
-        resolve: chooses what was left open.
-        task: builds what is trained, of a configuration on the grid of these ranks.
-        prepare: looks at what the configuration names, and completes it, before its shards are listed.
-        parts: returns what crops the images, if not as pretraining does, and what tells their labels.
-        finish: returns what the summary says beside what each one does, given the steps and images of the
-            run that is done.
-        evaluator: returns what measures the run while it is trained.
-    """
-
-    resolve: Callable[[Config, Facts, Ranks], tuple[Config, list[Choice]]]
-    task: Callable[[Run, Config, Pace], Task]
-    prepare: Callable[[Config, Start], Config] = lambda config, _: config
-    parts: Callable[[Run], tuple[MultiCrop | None, Labels | None]] = lambda _: (None, None)
-    finish: Callable[[Run, Task, int, int], Mapping[str, Any]] = lambda *_: {}
-    evaluator: Callable[[Run, Drain], Evaluator | None] = lambda *_: None
 
 
 def run_training(config: Config, drain: Drain, program: Program) -> dict[str, Any]:
@@ -262,12 +218,12 @@ def _build_trainer(
     *,
     drain: Drain,
 ) -> tuple[Trainer, Feed, Task]:
-    ranks, select = run.ranks, _load_selection(run)
-    position = _start_position(run, restored)
-    config = _on_grid(run.config, position.grid)
+    ranks, select = run.ranks, agreed_selection(run)
+    position = start_position(run, restored)
+    config = on_grid(run.config, position.grid)
     pace = make_pace(
         config,
-        samples=_run_samples(run.config, run.manifest),
+        samples=samples_of(run.config, run.manifest),
         size=run.manifest.total_bytes(config.stream.passes_by_url),
     )
     task = program.task(run, config, pace)
@@ -287,7 +243,7 @@ def _build_trainer(
         select=select,
         crop=crop,
         labels=labels,
-        growth=_growth(run) if config.stream.follow else None,
+        growth=growth_of(run) if config.stream.follow else None,
         hooks=Hooks(
             drain=drain,
             wants_save=lambda: saver.due(feed.seen + feed.position.grid.batch),
@@ -309,81 +265,6 @@ def _build_trainer(
         evaluator=program.evaluator(run, drain),
     )
     return trainer, feed, task
-
-
-def _load_selection(run: Run) -> Selection:
-    """Read what is not trained; every rank does, since predicates are functions of this machine."""
-    held: list[Selection] = []
-
-    def load() -> str:
-        held.append(build_selection(run.config, run.store))
-        return held[0].digest
-
-    if len({*run.ranks.each(load)}) > 1:
-        reason = "the ranks read other lists: put them where all of them find the same"
-        raise ConfigError("stream.exclude", reason, value=run.config.stream.exclude)
-    (select,) = held
-    if run.config.stream.exclude or run.config.stream.where:
-        run.reporter.event(
-            "selection",
-            f"{select.excluded_keys:,} keys are excluded, {len(run.config.stream.where)} conditions hold",
-            digest=select.digest,
-        )
-    return select
-
-
-def _growth(run: Run) -> Growth:
-    config, reporter = run.config, run.reporter
-    return Growth(
-        config.stream.urls,
-        run.store,
-        run.manifest,
-        join(config.run.directory, MANIFEST_FILE),
-        seconds=config.stream.follow_seconds,
-        idle_seconds=config.stream.follow_idle_seconds,
-        on_found=lambda count: reporter.event("grown", f"{count} new shards join the run", shards=count),
-    )
-
-
-def _on_grid(config: Config, grid: Grid) -> Config:
-    """The configuration for the batch that this number of ranks can share."""
-    training = config.training.model_copy(update={"batch": grid.batch})
-    return config.model_copy(update={"training": training})
-
-
-def _run_samples(config: Config, manifest: Manifest) -> int | None:
-    return run_samples(config, manifest.total(config.stream.passes_by_url))
-
-
-def _start_position(run: Run, restored: Restored | None) -> Position:
-    """The restored position, on a grid that this number of ranks and workers divides, or the beginning.
-
-    Raises:
-        PositionError: the shards, the grid or the seed of the configuration are not the run's, or the ranks
-            cannot share the batch.
-    """
-    config, begun = run.config, begun_grid(run.config)
-    passes = config.stream.passes_by_url
-    if restored is None:
-        return Position(run.manifest.digest, begun, config.stream.seed, passes)
-    position = restored.position.with_passes(passes)
-    position.covered(run.manifest)
-    world_size, workers = run.ranks.world_size, known(config.loader.workers)
-    grid = fit_grid(position.grid, begun, world_size=world_size, workers=workers)
-    if grid != position.grid:
-        run.reporter.event(
-            "replanned",
-            f"{world_size} ranks x {workers} workers do not divide the lane grid ({_shape(position.grid)}): "
-            f"what is left of the pass is dealt again, each sample still exactly once ({_shape(grid)})",
-            batch=grid.batch,
-            columns=grid.columns,
-            rows=grid.rows,
-        )
-    return position.on_grid(run.manifest, grid)
-
-
-def _shape(grid: Grid) -> str:
-    return f"{grid.columns} columns, {grid.rows} rows, batches of {grid.batch}"
 
 
 def _about(config: Config, ranks: Ranks) -> dict[str, str]:

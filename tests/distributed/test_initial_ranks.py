@@ -9,7 +9,7 @@ from tiny_run import save_tiny_run, tiny_config
 
 from distributed.ranks import run_ranks
 from streamswav.commands.initial import Initial
-from streamswav.commands.training_run import Start
+from streamswav.commands.program import Start
 from streamswav.errors import CheckpointError
 from streamswav.models import build_network
 from streamswav.stream.store import Store
