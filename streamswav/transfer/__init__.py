@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from streamswav.transfer.embeddings import read_embeddings
     from streamswav.transfer.weights import load_trunk
 
-__all__ = ["load_trunk"]
+__all__ = ["load_trunk", "read_embeddings"]
+
+_MODULES = {"load_trunk": "weights", "read_embeddings": "embeddings"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_trunk` when it is asked for: loader processes come by here, and need no network."""
-    if name != "load_trunk":
+    """Import what is asked for, and then only: loader processes come by here, and need no network."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from streamswav.transfer import weights  # noqa: PLC0415
-
-    return weights.load_trunk
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -133,7 +133,7 @@ def _open_folder(
         "network": ranks.lead(lambda: digest_module(trunk)),
         "limit": limit,
     }
-    folder = PartFolder(url, store, about, option="keep")
+    folder = PartFolder(url, store, about, option="keep (--features)")
     ranks.lead(lambda: folder.begin(notes))
     return folder
 

@@ -67,9 +67,12 @@ class PartFolder:
             notes: kept beside the description, for people; they may be others the next time.
 
         Raises:
-            ConfigError: it holds parts of something else; says what differs.
+            ConfigError: it holds parts of something else; says what differs. Or it is a web address.
             StorageError: it cannot be read or written.
         """
+        if self.url.startswith(("http://", "https://")):
+            reason = "web addresses can only be read: give a folder or s3://bucket/folder"
+            raise ConfigError(self._option, reason, value=redact(self.url))
         try:
             held = self._store.read(join(self.url, INDEX_FILE))
         except NotFoundError:

@@ -3,8 +3,10 @@
 import builtins
 import json
 import re
+import shlex
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,8 +238,8 @@ def test_ended_with_sigkill_twice_it_ends_with_the_same_bytes(model, data, whole
     def records():
         return len(list(out.glob("part-*-*.json")))
 
-    for key, workers, least in (("0_11", 0, 2), ("2_27", 2, 5)):
-        given = command(model, data, out, "--stream.where", CONDITION, workers=workers)
+    for key, least in (("0_11", 2), ("2_27", 5)):
+        given = command(model, data, out, "--stream.where", CONDITION)
         with start(given, tmp_path / key, environment=closed_at(key, flag)) as running:
             at_gate(running, flag, and_then=lambda: records() >= least)  # noqa: B023 - called in this turn
             running.kill()
@@ -371,6 +373,10 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_web_address_is_no_place_to_write_to(model, data, capfd):
+    assert "can only be read" in refusal(command(model, data, "http://127.0.0.1:1/out"), capfd)
+
+
 def test_without_shards_it_says_how_to_name_them(model, tmp_path, capfd):
     given = ["embed", "--checkpoint", str(model), "--to", str(tmp_path / "out")]
     assert "say where the shards are" in refusal(given, capfd)
@@ -394,6 +400,51 @@ def test_parquet_without_pyarrow_is_told_how_to_install_it(model, data, tmp_path
     monkeypatch.setattr(builtins, "__import__", without)
     line = refusal(command(model, data, tmp_path / "out", "--layout", "parquet"), capfd)
     assert "pip install 'streamswav[embed]'" in line
+
+
+# What ops/transfer.md says of it.
+
+PAGE = Path(__file__).parents[2] / "ops" / "transfer.md"
+
+
+@pytest.fixture(scope="module")
+def section():
+    return PAGE.read_text().partition("## Features for other uses: `embed`\n")[2].partition("\n## ")[0]
+
+
+def test_the_commands_of_the_page_run(model, data, tmp_path, section, monkeypatch):
+    commands = re.findall(r"^    (streamswav (?:.*\\\n)*.*)$", section, re.MULTILINE)
+    assert len(commands) == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "takedown.txt").write_text("0_1\n")
+    for number, text in enumerate(commands):
+        line = text.replace("\\\n", " ").replace("s3://bucket/shards/", str(data))
+        line = line.replace("runs/first", str(model)).replace("s3://bucket/embedded", f"out{number}")
+        words = shlex.split(line.replace("width >= 64", "width >= 4"))
+        given = [*words[words.index("embed") :], "--workers", "0"]
+        assert cli.main(given) == EXIT_DONE
+        if words[1] == "launch":
+            cli._read_config(cli._parse(given))  # what the launcher does before it starts the ranks
+
+
+def test_the_examples_of_the_page_find_what_is_alike(
+    model, make_shards, tmp_path, section, monkeypatch, capfd
+):
+    def twin(number):
+        return encode_image(0 if number == 17 else number, SIZE, "PNG")
+
+    make_shards(tmp_path / "data", counts=[10, 10], image=twin, kind="PNG")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command(model, tmp_path / "data", "embedded")) == EXIT_DONE
+    capfd.readouterr()
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(examples) == 2
+    names = {}
+    for example in examples:
+        exec(example, names)
+    best, pairs = capfd.readouterr().out.splitlines()
+    assert best.startswith("['1_7'")
+    assert "('0_0', '1_7')" in pairs
 
 
 def test_words_and_keys_may_come_in_any_order(model, data, tmp_path):
