@@ -28,8 +28,8 @@ from machine import machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamswav.transfer.knn import KnnSettings, measure_knn
-from streamswav.transfer.neighbours import find_neighbours
+from streamswav.transfer.measuring.knn import KnnSettings, measure_knn
+from streamswav.transfer.measuring.neighbours import find_neighbours
 
 MiB = 1 << 20
 VALIDATION = 50_000

@@ -9,8 +9,8 @@ import sys
 from streamswav.config import Config
 from streamswav.errors import ConfigError
 from streamswav.stream.store import Store, redact
-from streamswav.transfer.comparison import Comparison
-from streamswav.transfer.results_file import read_results
+from streamswav.transfer.measuring.comparison import Comparison
+from streamswav.transfer.measuring.results_file import read_results
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:

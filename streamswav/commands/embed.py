@@ -15,7 +15,7 @@ from streamswav.drain import Drain, drain_on_signals
 from streamswav.errors import ConfigError, StreamswavError
 
 if TYPE_CHECKING:
-    from streamswav.transfer.embed import EmbedSettings
+    from streamswav.transfer.embedding.embed import EmbedSettings
 
 _USAGE = "streamswav embed --checkpoint PATH --to DIR [options] [--section.key value]... URL..."
 _EPILOG = """\
@@ -88,7 +88,7 @@ def _embed(args: argparse.Namespace, given: Config, drain: Drain) -> dict[str, A
         own_rank,
     )
     from streamswav.training.watchdog import watch  # noqa: PLC0415
-    from streamswav.transfer.embed import embed  # noqa: PLC0415
+    from streamswav.transfer.embedding.embed import embed  # noqa: PLC0415
 
     cores = max(1, len(os.sched_getaffinity(0)) // local_world_size())
     torch.set_num_threads(given.training.threads or cores)
@@ -126,8 +126,8 @@ def _embed(args: argparse.Namespace, given: Config, drain: Drain) -> dict[str, A
 
 
 def _settings(args: argparse.Namespace, cores: int) -> EmbedSettings:
-    from streamswav.transfer.embed import EmbedSettings  # noqa: PLC0415
-    from streamswav.transfer.embedder import Wanted  # noqa: PLC0415
+    from streamswav.transfer.embedding.embed import EmbedSettings  # noqa: PLC0415
+    from streamswav.transfer.embedding.embedder import Wanted  # noqa: PLC0415
 
     what = tuple(each.strip() for each in args.what.split(",") if each.strip())
     return EmbedSettings(

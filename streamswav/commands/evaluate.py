@@ -17,12 +17,12 @@ from streamswav.stream.store import Store
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.distributed import join_ranks, own_heartbeat
 from streamswav.training.watchdog import Watchdog
-from streamswav.transfer.baselines import BASELINES
-from streamswav.transfer.evaluation import PROTOCOLS, Wanted, evaluate
-from streamswav.transfer.knn import KnnSettings
-from streamswav.transfer.linear import LinearSettings
-from streamswav.transfer.results import Results
-from streamswav.transfer.svm import SvmSettings
+from streamswav.transfer.measuring.baselines import BASELINES
+from streamswav.transfer.measuring.evaluation import PROTOCOLS, Wanted, evaluate
+from streamswav.transfer.measuring.knn import KnnSettings
+from streamswav.transfer.measuring.linear import LinearSettings
+from streamswav.transfer.measuring.results import Results
+from streamswav.transfer.measuring.svm import SvmSettings
 
 _KNN = KnnSettings()
 _LINEAR = LinearSettings()
@@ -76,7 +76,7 @@ def run_knn(args: argparse.Namespace, *, given: Config) -> Results | None:
         What was found, on rank 0; None on the others.
 
     Raises:
-        StreamswavError: as `streamswav.transfer.evaluation.evaluate`.
+        StreamswavError: as `streamswav.transfer.measuring.evaluation.evaluate`.
     """
     return _run(args, given, protocols=("knn",), knn=_knn_settings(args), half=args.half)
 

@@ -8,8 +8,8 @@ import sys
 
 from streamswav.config import Config
 from streamswav.errors import ConfigError
-from streamswav.transfer.export import export
-from streamswav.transfer.export_files import ALL, DEFAULT, DTYPES, FORMATS
+from streamswav.transfer.export.exporting import export
+from streamswav.transfer.export.files import ALL, DEFAULT, DTYPES, FORMATS
 
 _USAGE = "streamswav export --checkpoint PATH [--to FORMAT...] [options] OUT"
 _EPILOG = f"""\
@@ -48,7 +48,7 @@ def run_export(args: argparse.Namespace, *, given: Config) -> list[str]:
         given: its `storage` says how storage is reached.
 
     Raises:
-        StreamswavError: as `streamswav.transfer.export.export`.
+        StreamswavError: as `streamswav.transfer.export.exporting.export`.
     """
     out, formats, results = _part(args)
     written = export(

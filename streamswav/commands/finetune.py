@@ -22,11 +22,11 @@ from streamswav.training.distributed import Ranks
 from streamswav.training.evaluating import Evaluator
 from streamswav.training.pace import Pace
 from streamswav.training.task import Task
-from streamswav.transfer.finetune import LabelledData, build_crop, build_finetuning, prepare_data
-from streamswav.transfer.finetune_defaults import complete, rules_of_trunk, rules_that_hold
-from streamswav.transfer.finetune_measuring import RESULTS_FILE, Measuring, refuse_unlabelled
-from streamswav.transfer.results import DataUsed
-from streamswav.transfer.weights import TrunkInfo, open_trunk
+from streamswav.transfer.finetuning.defaults import complete, rules_of_trunk, rules_that_hold
+from streamswav.transfer.finetuning.finetune import LabelledData, build_crop, build_finetuning, prepare_data
+from streamswav.transfer.finetuning.measuring import RESULTS_FILE, Measuring, refuse_unlabelled
+from streamswav.transfer.measuring.results import DataUsed
+from streamswav.transfer.weights.trunks import TrunkInfo, open_trunk
 
 
 def finetune(config: Config, drain: Drain) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from streamswav.commands.run_folder import Run
 from streamswav.config import Config
 from streamswav.models import SwAVNetwork
 from streamswav.training.distributed import copy_from_leader
-from streamswav.transfer.initial import begin_with, read_initial
-from streamswav.transfer.weights import Weights
+from streamswav.transfer.weights.initial import begin_with, read_initial
+from streamswav.transfer.weights.trunks import Weights
 
 
 class Initial:

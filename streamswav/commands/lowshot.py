@@ -14,10 +14,10 @@ from streamswav.drain import Drain
 from streamswav.errors import ConfigError, DrainedError
 from streamswav.stream.store import Store, join
 from streamswav.telemetry.progress import Reporter
-from streamswav.transfer.finetune_defaults import complete, rules_of_trunk
-from streamswav.transfer.finetune_measuring import RESULTS_FILE
-from streamswav.transfer.lowshot import Cell, collect, draw_images, finished, make_cells, to_table
-from streamswav.transfer.weights import open_trunk
+from streamswav.transfer.finetuning.defaults import complete, rules_of_trunk
+from streamswav.transfer.finetuning.lowshot import Cell, collect, draw_images, finished, make_cells, to_table
+from streamswav.transfer.finetuning.measuring import RESULTS_FILE
+from streamswav.transfer.weights.trunks import open_trunk
 
 
 def lowshot(config: Config, drain: Drain, *, listed: Sequence[str] | None = None) -> None:

@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streamswav.transfer.embeddings import read_embeddings
-    from streamswav.transfer.weights import load_trunk
+    from streamswav.transfer.embedding.embeddings import read_embeddings
+    from streamswav.transfer.weights.trunks import load_trunk
 
 __all__ = ["load_trunk", "read_embeddings"]
 
-_MODULES = {"load_trunk": "weights", "read_embeddings": "embeddings"}
+_MODULES = {"load_trunk": "weights.trunks", "read_embeddings": "embedding.embeddings"}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,10 +23,10 @@ from streamswav.stream.store import Store, join
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.distributed import Ranks
 from streamswav.training.evaluating import as_saved
-from streamswav.transfer.evaluation import choose_preprocessing, index_classes
-from streamswav.transfer.features import Features, extract, gather_features
-from streamswav.transfer.knn import KnnSettings, measure_knn
-from streamswav.transfer.linear import LinearSettings, measure_linear
+from streamswav.transfer.extraction.features import Features, extract, gather_features
+from streamswav.transfer.measuring.evaluation import choose_preprocessing, index_classes
+from streamswav.transfer.measuring.knn import KnnSettings, measure_knn
+from streamswav.transfer.measuring.linear import LinearSettings, measure_linear
 
 PROBES_FILE = "probes.json"
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from distributed.ranks import run_ranks
 from streamswav.training.distributed import Ranks
-from streamswav.transfer import knn
-from streamswav.transfer.exchange import all_rows
-from streamswav.transfer.knn import KnnSettings, measure_knn
+from streamswav.transfer.measuring import knn
+from streamswav.transfer.measuring.exchange import all_rows
+from streamswav.transfer.measuring.knn import KnnSettings, measure_knn
 
 CLASSES, IMAGES, ASKED = 6, 230, 90
 SETTINGS = KnnSettings((1, 20, 100, 230), (0.05, 1.0))

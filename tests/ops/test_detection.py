@@ -18,8 +18,8 @@ from tiny_run import save_tiny_run, tiny_config
 from streamswav.config import CropsSection, ModelSection
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE
 from streamswav.models import build_trunk
-from streamswav.transfer.constructors import detectron2_settings
-from streamswav.transfer.results_file import read_results
+from streamswav.transfer.export.constructors import detectron2_settings
+from streamswav.transfer.measuring.results_file import read_results
 
 FOLDER = Path(__file__).parents[2] / "ops" / "recipes" / "detection"
 CATEGORIES = (3, 7)

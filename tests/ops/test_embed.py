@@ -22,8 +22,8 @@ from streamswav import cli
 from streamswav.config import StorageSection
 from streamswav.crops import centre_crop, normalise
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY, ConfigError, DataError
-from streamswav.transfer.embeddings import read_embeddings, read_parts
-from streamswav.transfer.weights import open_network
+from streamswav.transfer.embedding.embeddings import read_embeddings, read_parts
+from streamswav.transfer.weights.trunks import open_network
 
 COUNTS = [13, 2, 30]
 SIZE = (20, 18)

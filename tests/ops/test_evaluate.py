@@ -14,9 +14,9 @@ from tiny_run import save_tiny_run, tiny_config
 from streamswav.commands import evaluate as command
 from streamswav.config import Config, CropsSection, LabelsSection, StorageSection
 from streamswav.errors import EXIT_CONFIG, CheckpointError, ConfigError, DeniedError
-from streamswav.transfer.baselines import RawPixels
-from streamswav.transfer.evaluation import Wanted, choose_preprocessing, evaluate
-from streamswav.transfer.labelled_sets import index_classes
+from streamswav.transfer.measuring.baselines import RawPixels
+from streamswav.transfer.measuring.evaluation import Wanted, choose_preprocessing, evaluate
+from streamswav.transfer.measuring.labelled_sets import index_classes
 
 CLASSES = 4
 PARTS = {

@@ -26,10 +26,12 @@ from streamswav.errors import (
     StreamswavError,
 )
 from streamswav.training.checkpoint import pack
-from streamswav.transfer import export_files, export_graphs, load_trunk
-from streamswav.transfer.export import choose_places, export
-from streamswav.transfer.results import DataUsed, Results, Value
-from streamswav.transfer.weights import open_network, open_trunk
+from streamswav.transfer import load_trunk
+from streamswav.transfer.export.exporting import choose_places, export
+from streamswav.transfer.export.exporting import files as export_files
+from streamswav.transfer.export.exporting import graphs as export_graphs
+from streamswav.transfer.measuring.results import DataUsed, Results, Value
+from streamswav.transfer.weights.trunks import open_network, open_trunk
 
 SECRET = "?X-Amz-Signature=secret"
 OF_TENSORS = ("torchvision.pth", "timm.pth", "model.safetensors", "reference.pth")

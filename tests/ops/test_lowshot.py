@@ -12,7 +12,7 @@ from tiny_run import save_tiny_run, tiny_config
 from streamswav import cli
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE
 from streamswav.stream.store import Store
-from streamswav.transfer.results_file import read_results
+from streamswav.transfer.measuring.results_file import read_results
 
 SEEDS = ("0", "1", "2")
 

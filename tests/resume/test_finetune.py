@@ -13,7 +13,7 @@ from tiny_run import save_tiny_run, tiny_config
 
 from streamswav import cli
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
-from streamswav.transfer.weights import load_trunk
+from streamswav.transfer.weights.trunks import load_trunk
 
 PASSES = 6
 

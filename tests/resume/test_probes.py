@@ -17,8 +17,8 @@ from runs import Outcome, arguments, differences, free_port, run, start, start_r
 
 from streamswav.config import Config
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
-from streamswav.transfer.evaluation import Wanted, evaluate
-from streamswav.transfer.knn import KnnSettings
+from streamswav.transfer.measuring.evaluation import Wanted, evaluate
+from streamswav.transfer.measuring.knn import KnnSettings
 
 COUNTS = [20, 20, 20, 20]
 EVERY = 32

@@ -46,7 +46,7 @@ from streamswav.stream.manifest import list_manifest
 from streamswav.stream.position import Position, lost_bytes
 from streamswav.stream.store import Store
 from streamswav.telemetry.metrics import Metrics
-from streamswav.transfer.features import Preprocessing, extract
+from streamswav.transfer.extraction.features import Preprocessing, extract
 
 BATCH = 4
 WHOLE = 16  # samples of a shard without fault

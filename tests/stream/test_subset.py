@@ -22,8 +22,8 @@ from streamswav.stream.labels import Labels, load_labels
 from streamswav.stream.select import load_selection
 from streamswav.stream.store import Store
 from streamswav.training.distributed import Ranks
-from streamswav.transfer import subset_write
-from streamswav.transfer.subset import SubsetRequest, draw_subset, draw_subsets
+from streamswav.transfer.subsets import write as subset_write
+from streamswav.transfer.subsets.subset import SubsetRequest, draw_subset, draw_subsets
 
 
 def draw(source, target, request=None, *, storage=None, labels=None, **options):

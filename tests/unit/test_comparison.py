@@ -9,9 +9,9 @@ import pytest
 from streamswav.commands.compare import add_compare_arguments, run_compare
 from streamswav.config import Config
 from streamswav.errors import ConfigError
-from streamswav.transfer.comparison import Comparison
-from streamswav.transfer.intervals import difference, wilson
-from streamswav.transfer.results import Accuracy, DataUsed, Results, to_value
+from streamswav.transfer.measuring.comparison import Comparison
+from streamswav.transfer.measuring.intervals import difference, wilson
+from streamswav.transfer.measuring.results import Accuracy, DataUsed, Results, to_value
 
 
 def results(top1, *, k=20, temperature=0.1, test="ab", resize=16, column="checkpoint"):

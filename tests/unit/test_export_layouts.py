@@ -10,14 +10,14 @@ import torch
 
 from streamswav.config import ModelSection
 from streamswav.models import ARCHITECTURES, build_network, build_trunk
-from streamswav.transfer.constructors import (
+from streamswav.transfer.export.constructors import (
     TIMM_MODELS,
     detectron2_settings,
     is_known_elsewhere,
     timm_lines,
     torchvision_lines,
 )
-from streamswav.transfer.export_layouts import from_detectron2, to_detectron2, to_reference, to_torchvision
+from streamswav.transfer.export.layouts import from_detectron2, to_detectron2, to_reference, to_torchvision
 
 GOLDENS = json.loads(
     (Path(__file__).parents[1] / "goldens" / "reference_checkpoint_tensors.json").read_text()

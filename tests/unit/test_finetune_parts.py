@@ -15,12 +15,12 @@ from streamswav.models import build_trunk
 from streamswav.training.distributed import Ranks
 from streamswav.training.optim import build_optimizer
 from streamswav.training.pace import Stride
-from streamswav.transfer.finetune import build_finetuning
-from streamswav.transfer.finetune_defaults import complete, rules_of_trunk, rules_that_hold
-from streamswav.transfer.finetune_network import FinetuneNetwork, head_settings, parameter_groups
-from streamswav.transfer.finetune_task import Finetuning
-from streamswav.transfer.heads import HeadBank
-from streamswav.transfer.mixing import Mixing
+from streamswav.transfer.finetuning.defaults import complete, rules_of_trunk, rules_that_hold
+from streamswav.transfer.finetuning.finetune import build_finetuning
+from streamswav.transfer.finetuning.mixing import Mixing
+from streamswav.transfer.finetuning.network import FinetuneNetwork, head_settings, parameter_groups
+from streamswav.transfer.finetuning.task import Finetuning
+from streamswav.transfer.measuring.heads import HeadBank
 
 FACTS = Facts(world_size=2, cores=4, cuda=False, bfloat16=False, shards=4, samples=100, trunk_parameters=1)
 TINY = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from streamswav.transfer.heads import IGNORED, HeadBank, HeadSettings
+from streamswav.transfer.measuring.heads import IGNORED, HeadBank, HeadSettings
 
 SETTINGS = [HeadSettings(0.03, 0.0), HeadSettings(0.3, 1e-3), HeadSettings(1.0, 1e-5)]
 

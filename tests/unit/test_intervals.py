@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from streamswav.transfer.intervals import Interval, difference, over_seeds, student, wilson
+from streamswav.transfer.measuring.intervals import Interval, difference, over_seeds, student, wilson
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from streamswav.errors import ConfigError
-from streamswav.transfer import knn, neighbours
-from streamswav.transfer.knn import KnnSettings, Vote, count_votes, measure_knn, weigh
-from streamswav.transfer.neighbours import NOWHERE, Blocks, find_neighbours, merge, top_in_order
+from streamswav.transfer.measuring import knn, neighbours
+from streamswav.transfer.measuring.knn import KnnSettings, Vote, count_votes, measure_knn, weigh
+from streamswav.transfer.measuring.neighbours import NOWHERE, Blocks, find_neighbours, merge, top_in_order
 
 CLASSES = 7
 

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from streamswav.errors import ConfigError
-from streamswav.transfer import linear
-from streamswav.transfer.heads import HeadSettings
-from streamswav.transfer.linear import LinearSettings, measure_linear, train_linear
-from streamswav.transfer.results import measure_accuracy
+from streamswav.transfer.measuring import linear
+from streamswav.transfer.measuring.heads import HeadSettings
+from streamswav.transfer.measuring.linear import LinearSettings, measure_linear, train_linear
+from streamswav.transfer.measuring.results import measure_accuracy
 
 CLASSES = 6
 QUICK = LinearSettings(epochs=20)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from streamswav.transfer import precision
-from streamswav.transfer.precision import average_precision, measure_precision
+from streamswav.transfer.measuring import precision
+from streamswav.transfer.measuring.precision import average_precision, measure_precision
 
 
 def eleven_points(labels, scores):

@@ -9,11 +9,11 @@ import timm
 import torch
 import torchvision
 
-from streamswav.transfer.architecture import find_architecture
-from streamswav.transfer.weight_heads import read_heads
-from streamswav.transfer.weight_layouts import find_trunk
-from streamswav.transfer.weight_tensors import shapes_of
-from streamswav.transfer.weights import open_network, open_trunk
+from streamswav.transfer.weights.architecture import find_architecture
+from streamswav.transfer.weights.heads import read_heads
+from streamswav.transfer.weights.layouts import find_trunk
+from streamswav.transfer.weights.tensors import shapes_of
+from streamswav.transfer.weights.trunks import open_network, open_trunk
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "reference_checkpoint_tensors.json"
 REFERENCE = json.loads(GOLDENS.read_text())

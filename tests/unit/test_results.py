@@ -7,8 +7,8 @@ import torch
 
 from streamswav.errors import ConfigError, NotFoundError
 from streamswav.stream.store import Store
-from streamswav.transfer.intervals import wilson
-from streamswav.transfer.results import (
+from streamswav.transfer.measuring.intervals import wilson
+from streamswav.transfer.measuring.results import (
     Accuracy,
     DataUsed,
     Hits,
@@ -18,7 +18,7 @@ from streamswav.transfer.results import (
     over_runs,
     to_value,
 )
-from streamswav.transfer.results_file import read_results
+from streamswav.transfer.measuring.results_file import read_results
 
 
 def some_results(*values: Value) -> Results:

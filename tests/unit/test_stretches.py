@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from streamswav.transfer.stretches import End, Stretch, first_of_each, list_tasks, share_out
+from streamswav.transfer.extraction.stretches import End, Stretch, first_of_each, list_tasks, share_out
 
 SIZES = [10_000, 300, 90_000, 10_000, 0]
 COUNTS = [4, 1, 9, 3, 1]  # stretches of each shard

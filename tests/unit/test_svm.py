@@ -10,8 +10,8 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 from streamswav.errors import EXIT_CONFIG, ConfigError
-from streamswav.transfer import svm
-from streamswav.transfer.svm import SvmSettings, check_svm, measure_svm
+from streamswav.transfer.measuring import svm
+from streamswav.transfer.measuring.svm import SvmSettings, check_svm, measure_svm
 
 CLASSES = 4
 

@@ -18,7 +18,7 @@ from streamswav.errors import EXIT_CONFIG, CheckpointError
 from streamswav.models import build_trunk
 from streamswav.stream.store import Store
 from streamswav.transfer import load_trunk
-from streamswav.transfer.weights import open_trunk
+from streamswav.transfer.weights.trunks import open_trunk
 
 SECTION = tiny_config(stem="imagenet").model
 

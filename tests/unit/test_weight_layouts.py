@@ -14,8 +14,8 @@ from torchvision.models.resnet import Bottleneck
 from streamswav.errors import CheckpointError
 from streamswav.models import Trunk, build_network, build_trunk, to_reference_layout
 from streamswav.models.trunk import Architecture
-from streamswav.transfer.export_layouts import to_detectron2
-from streamswav.transfer.weights import open_network, open_trunk
+from streamswav.transfer.export.layouts import to_detectron2
+from streamswav.transfer.weights.trunks import open_network, open_trunk
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SECTION = tiny_config(stem="imagenet").model

@@ -10,7 +10,7 @@ from streamswav.config import dump_config
 from streamswav.errors import CheckpointError
 from streamswav.models import build_network
 from streamswav.transfer import load_trunk
-from streamswav.transfer.weights import open_network, open_trunk, untrained_trunk
+from streamswav.transfer.weights.trunks import open_network, open_trunk, untrained_trunk
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

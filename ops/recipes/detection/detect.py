@@ -35,8 +35,8 @@ from streamswav.models import Trunk, build_trunk
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import pack, unpack
 from streamswav.training.distributed import Ranks, join_ranks
-from streamswav.transfer.results import DataUsed, Results, Value
-from streamswav.transfer.weights import open_trunk
+from streamswav.transfer.measuring.results import DataUsed, Results, Value
+from streamswav.transfer.weights.trunks import open_trunk
 
 CHECKPOINT = "checkpoint.pt"
 RESULTS = "results.json"

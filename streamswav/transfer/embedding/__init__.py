@@ -1,0 +1,1 @@
+"""`streamswav embed`: features of a stream of shards for other uses."""

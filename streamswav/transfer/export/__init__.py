@@ -1,0 +1,1 @@
+"""Weights out: files for other libraries, each with a card."""

@@ -1,0 +1,1 @@
+"""Supervised training of a trunk and a head, from labelled shards."""

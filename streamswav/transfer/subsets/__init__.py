@@ -1,0 +1,1 @@
+"""Subsets of labelled shards: listed keys, or n a class, written as small shards."""

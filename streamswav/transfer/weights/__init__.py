@@ -1,0 +1,1 @@
+"""Weights in: files and runs of many makers, recognised by their tensors' names."""
