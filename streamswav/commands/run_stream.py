@@ -5,29 +5,19 @@ from __future__ import annotations
 from streamswav.commands.run_folder import MANIFEST_FILE, Run
 from streamswav.config import Config
 from streamswav.defaults import known, run_samples
-from streamswav.errors import ConfigError
 from streamswav.stream.grid import Grid, fit_grid
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.position import Position
 from streamswav.stream.select import Selection
 from streamswav.stream.store import join
-from streamswav.training.feeding import begun_grid, build_selection
+from streamswav.training.feeding import agree_on_selection, begun_grid
 from streamswav.training.growth import Growth
 from streamswav.training.restore import Restored
 
 
 def agreed_selection(run: Run) -> Selection:
-    """Read what is not trained; every rank does, since predicates are functions of this machine."""
-    held: list[Selection] = []
-
-    def load() -> str:
-        held.append(build_selection(run.config, run.store))
-        return held[0].digest
-
-    if len({*run.ranks.each(load)}) > 1:
-        reason = "the ranks read other lists: put them where all of them find the same"
-        raise ConfigError("stream.exclude", reason, value=run.config.stream.exclude)
-    (select,) = held
+    """Read what is not trained, and say so."""
+    select = agree_on_selection(run.config, run.store, run.ranks)
     if run.config.stream.exclude or run.config.stream.where:
         run.reporter.event(
             "selection",

@@ -7,6 +7,7 @@ from functools import partial
 from streamswav.config import Config
 from streamswav.crops import MultiCrop, image_size
 from streamswav.defaults import known
+from streamswav.errors import ConfigError
 from streamswav.stream.grid import Grid
 from streamswav.stream.labels import Labels
 from streamswav.stream.manifest import Manifest
@@ -102,3 +103,22 @@ def build_selection(config: Config, store: Store) -> Selection:
     """
     size_of = partial(image_size, exif_orientation=config.crops.exif_orientation)
     return load_selection(config.stream, store, size_of=size_of)
+
+
+def agree_on_selection(config: Config, store: Store, ranks: Ranks) -> Selection:
+    """Read them on every rank, since predicates are functions of its machine.
+
+    Raises:
+        ConfigError: they cannot be understood, or are others on another rank.
+        StorageError: a list cannot be read.
+    """
+    held: list[Selection] = []
+
+    def load() -> str:
+        held.append(build_selection(config, store))
+        return held[0].digest
+
+    if len({*ranks.each(load)}) > 1:
+        reason = "the ranks read other lists: put them where all of them find the same"
+        raise ConfigError("stream.exclude", reason, value=config.stream.exclude)
+    return held[0]

@@ -13,11 +13,10 @@ from streamswav.errors import ConfigError, ManifestError
 from streamswav.stream.labels import load_labels
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.reader import ShardReader
-from streamswav.stream.select import Selection
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.distributed import Ranks
-from streamswav.training.feeding import build_selection
+from streamswav.training.feeding import agree_on_selection
 from streamswav.transfer.embedding.account import EmbedAccount, Summary, Totals, check_whole
 from streamswav.transfer.embedding.embedder import Embedder, Wanted, open_embedder, output_names
 from streamswav.transfer.extraction.features import describe, digest_module
@@ -123,7 +122,7 @@ def embed(
     store = Store(storage)
     manifest = ranks.lead(lambda: list_manifest(urls, store))
     labels = ranks.lead(lambda: load_labels(config.labels, store))
-    select = _load_selection(config.model_copy(update={"crops": crops}), store, ranks)
+    select = agree_on_selection(config.model_copy(update={"crops": crops}), store, ranks)
     reader = ShardReader(manifest, storage, read_ahead=2)
     source = ImageSource(reader, preprocessing, labels, labelled=False, select=select, samples=settings.part)
     about = {**describe(source), **embedder.describe(), "network": digest, "layout": layout}
@@ -176,20 +175,6 @@ def _open(checkpoint: str, wanted: Wanted, config: Config, ranks: Ranks) -> tupl
         reason = "the ranks read other weights: name one that all of them find, as RUN/checkpoints/step-*"
         raise ConfigError("--checkpoint", reason, value=checkpoint)
     return *held[0], digests[0]
-
-
-def _load_selection(config: Config, store: Store, ranks: Ranks) -> Selection:
-    """Read what is not embedded; every rank does, since predicates are functions of its machine."""
-    held: list[Selection] = []
-
-    def load() -> str:
-        held.append(build_selection(config, store))
-        return held[0].digest
-
-    if len(set(ranks.each(load))) > 1:
-        reason = "the ranks read other lists: put them where all of them find the same"
-        raise ConfigError("stream.exclude", reason, value=config.stream.exclude)
-    return held[0]
 
 
 def _notes(info: TrunkInfo, settings: EmbedSettings) -> dict[str, Any]:
