@@ -27,9 +27,9 @@ from streamswav.errors import (
 )
 from streamswav.training.checkpoint import pack
 from streamswav.transfer import load_trunk
+from streamswav.transfer.export import files as export_files
+from streamswav.transfer.export import graphs as export_graphs
 from streamswav.transfer.export.exporting import choose_places, export
-from streamswav.transfer.export.exporting import files as export_files
-from streamswav.transfer.export.exporting import graphs as export_graphs
 from streamswav.transfer.measuring.results import DataUsed, Results, Value
 from streamswav.transfer.weights.trunks import open_network, open_trunk
 
