@@ -209,6 +209,7 @@ def _main(
 ) -> None:
     """Call `main`; with several environments, in a process for each."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which commands respect
     for number, path in enumerate(output, 1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
