@@ -61,11 +61,11 @@ def run_embed(args: argparse.Namespace, *, given: Config) -> None:
 
     Args:
         args: parsed by a parser that `add_embed_arguments` prepared; `words` are its URLs.
-        given: as `streamswav.transfer.embed.embed` says.
+        given: as `streamswav.transfer.embedding.embed.embed` says.
 
     Raises:
         DrainedError: stopped by a signal; the same command goes on.
-        StreamswavError: as `streamswav.transfer.embed.embed`.
+        StreamswavError: as `streamswav.transfer.embedding.embed.embed`.
     """
     if not args.words:
         raise ConfigError("embed", "say where the shards are, as streamswav embed ... s3://bucket/shards/")

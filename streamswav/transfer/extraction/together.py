@@ -36,7 +36,7 @@ class Together(Generic[Facts]):
         facts: what this rank has to tell; plain data.
         on_facts: hears what all ranks told, on all ranks alike; it may raise.
         give_up: whether this rank was asked to stop.
-        seconds: between two looks.
+        seconds: between two looks; by default `ROUND_SECONDS`.
     """
 
     def __init__(
@@ -46,9 +46,10 @@ class Together(Generic[Facts]):
         facts: Callable[[], Facts],
         on_facts: Callable[[Sequence[Facts]], None],
         give_up: Callable[[], bool],
-        seconds: float = ROUND_SECONDS,
+        seconds: float | None = None,
     ) -> None:
         self._ranks, self._facts, self._on_facts, self._give_up = ranks, facts, on_facts, give_up
+        seconds = ROUND_SECONDS if seconds is None else seconds
         self._seconds = seconds if ranks.world_size > 1 else 0.0
         self._met = time.monotonic()
         self._agreed = False
