@@ -87,6 +87,36 @@ def test_archives_with_a_hole(refused, state, tmp_path):
     assert "it is damaged" in refused(bytes(data))
 
 
+def test_archives_of_which_a_single_bit_has_changed(refused, state, tmp_path):
+    torch.save(state, tmp_path / "whole.pth")
+    data = bytearray((tmp_path / "whole.pth").read_bytes())
+    data[data.index(state["layer4.0.conv1.weight"].numpy().tobytes()) + 50] ^= 1
+    assert "it is damaged: 1 of " in refused(bytes(data))
+
+
+def test_archives_without_checksums_are_read(state, tmp_path):
+    """As torch.save writes them when it is told to be quick."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "quick.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "quick.pth") as archive:
+        assert {entry.CRC for entry in archive.infolist()} == {0}
+    torch.testing.assert_close(load_trunk(tmp_path / "quick.pth").state_dict(), state, rtol=0, atol=0)
+
+
+def test_no_byte_of_an_archives_list_makes_it_more_than_a_damaged_file(refused, tmp_path):
+    """Every byte that tells where entries are: zipfile and torch stumble over each in another way."""
+    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "whole.pth")
+    data = (tmp_path / "whole.pth").read_bytes()
+    for place in range(data.index(b"PK\x01\x02"), len(data)):
+        for value in (0, 0xFF):
+            changed = bytearray(data)
+            changed[place] = value
+            refused(bytes(changed))
+
+
 def test_the_old_format_truncated(refused, state, tmp_path):
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     data = (tmp_path / "old.pth").read_bytes()

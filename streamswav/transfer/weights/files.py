@@ -1,6 +1,7 @@
 """Single files of weights, read without executing anything that is in them.
 
-    zip archive of torch.save    mapped into memory: what nobody asks for, an optimizer say, is never read
+    zip archive of torch.save    held against its checksums, then mapped into memory: what nobody asks for,
+                                 an optimizer say, takes none
     torch.save before 1.6        read whole
     safetensors                  a list of names, shapes and bytes: there is nothing in it to execute
 
@@ -15,7 +16,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ _LIST = "data.pkl"
 _MOST_LIST_BYTES = 64 << 20  # names and shapes of the largest trunk take a tenth of a MiB
 _MOST_HEADER_BYTES = 100_000_000  # safetensors' own bound
 _HEAD_BYTES = 512
+_PIECE_BYTES = 8 << 20
 _LONGEST = 120
+_OF_TORCH = "WeightsUnpickler error: "  # after advice that does not hold here
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 _NUMPY = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before numpy 2, and since
@@ -102,14 +105,26 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse zip archives that torch.save does not write, before torch reads them."""
+    """Refuse zip archives that torch.save does not write, or that changed since, before torch reads them."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError):
+            _check_entries(entries)
+            damaged = [entry.filename for entry in entries if entry.CRC and not _is_whole(archive, entry)]
+    except CheckpointError:
+        raise
+    # What zipfile raises depends on which byte is wrong.
+    except Exception:
         raise CheckpointError(
-            "it is cut off or damaged: the list at the end of the archive is missing"
+            "it is cut off or damaged: the list at the end of the archive is missing or wrong"
         ) from None
+    if damaged:
+        shown = f"{len(damaged)} of {len(entries)} entries of the archive"
+        raise CheckpointError(f"it is damaged: {shown} differ from their checksum, first {damaged[0]}")
+
+
+def _check_entries(entries: Sequence[zipfile.ZipInfo]) -> None:
+    """Look at what the archive lists."""
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         raise CheckpointError("a TorchScript archive, which is a program; save the state_dict of its model")
@@ -119,6 +134,17 @@ def _check_archive(path: Path) -> None:
     if lists[0].file_size > _MOST_LIST_BYTES:
         shown = f"{lists[0].file_size:,} bytes beside the tensors; at most {_MOST_LIST_BYTES:,} are read"
         raise CheckpointError(f"its pickle holds {shown}: save the state_dict alone")
+
+
+def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    """Hold an entry against its checksum, which torch does not; torch.save can be told to write 0 for it."""
+    try:
+        with archive.open(entry) as file:
+            while file.read(_PIECE_BYTES):
+                pass
+    except (zipfile.BadZipFile, EOFError):
+        return False
+    return True
 
 
 def _unpickle(path: Path, *, mapped: bool) -> Tensors:
@@ -163,5 +189,5 @@ def _what_else(head: bytes) -> str:
 
 
 def _in_short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).partition(_OF_TORCH)[2].split() or str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
