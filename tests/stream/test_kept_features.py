@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -240,8 +241,15 @@ def extract_until_killed(folder, keep, gate, storage, workers):
     features_of(Counting(gate), folder, keep=keep, storage=storage, workers=workers)
 
 
-def kill_at(images, folder, keep, gate, *, storage, workers):
-    """Extract in a process of its own, and end it with SIGKILL after so many images."""
+def kept_images(keep, storage):
+    """Images in the parts that are on storage."""
+    store = Store(storage)
+    records = [info.url for info in store.list(keep) if re.search(r"part-\d+-\d+\.json$", info.url)]
+    return sum(json.loads(store.read(url))["images"] for url in records)
+
+
+def kill_at(images, folder, keep, gate, *, storage, workers, and_then=lambda: True):
+    """Extract in a process of its own, and end it with SIGKILL after so many images and something else."""
     gate.write_text(str(images))
     reached = gate.with_name("reached")
     reached.unlink(missing_ok=True)
@@ -250,7 +258,7 @@ def kill_at(images, folder, keep, gate, *, storage, workers):
     given = (folder, keep, gate, storage, workers)
     process = context.Process(target=extract_until_killed, args=given)
     process.start()
-    while not reached.exists():
+    while not (reached.exists() and and_then()):
         assert process.is_alive()
         time.sleep(0.005)
     assert process.pid is not None
@@ -266,12 +274,11 @@ def test_killed_twice_it_ends_with_the_same_features_and_computes_nothing_twice_
     shutil.copytree(data, path / "shards")
     keep, folder, storage = f"{bucket}/kept", f"{bucket}/shards", s3.section
     gate = tmp_path / "gate"
-    kill_at(13, folder, keep, gate, storage=storage, workers=0)
-    kill_at(9, folder, keep, gate, storage=storage, workers=2)
-    store = Store(storage)
-    records = [info.url for info in store.list(keep) if re.search(r"part-\d+-\d+\.json$", info.url)]
-    kept = sum(json.loads(store.read(url))["images"] for url in records)
-    assert kept >= 9
+    # Parts are written beside the computing: those of the images done are on their way when it stands still.
+    for images, workers, least in ((13, 0, 8), (9, 2, 9)):
+        there = partial(lambda least: kept_images(keep, storage) >= least, least)
+        kill_at(images, folder, keep, gate, storage=storage, workers=workers, and_then=there)
+    kept = kept_images(keep, storage)
     trunk = Counting(gate)
     check_equal(features_of(trunk, folder, keep=keep, storage=storage), whole)
     assert trunk.images == sum(COUNTS) - kept

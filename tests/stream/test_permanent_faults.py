@@ -38,10 +38,11 @@ from tiny_run import tiny_config
 from shards.cli import main as shards_main
 from streamswav import cli
 from streamswav.commands import training_run
-from streamswav.config import StorageSection
+from streamswav.config import LabelsSection, StorageSection
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
 from streamswav.models import build_trunk
 from streamswav.stream.grid import Grid
+from streamswav.stream.labels import Labels, load_labels
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.position import Position, lost_bytes
 from streamswav.stream.store import Store
@@ -390,6 +391,16 @@ def test_samples_that_an_evaluation_cannot_use_are_counted_by_reason(shards):
     assert len(found.keys) == 2 * WHOLE + 2
 
 
+def test_a_sample_of_another_split_is_counted_as_such(shards, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("key,label,fold\na/000,3,train\na/001,4,test\nc/000,5,test\n")
+    labels = load_labels(LabelsSection(file=str(table), split="fold"), Store(), split="train")
+    found = evaluate(shards, labels)
+    assert found.keys == ("a/000",)
+    assert found.labels.tolist() == [3]
+    assert found.skipped == {"no_label": len(list(shards.folder.glob("*.tar"))) * WHOLE - 3, "other_split": 2}
+
+
 def test_an_evaluation_counts_redacted_samples_apart(shards):
     keys = ["--key", "a/003", "--key", "c/000", "--key", "c/009"]
     assert shards_main(["redact", str(shards.folder), *keys]) == 0
@@ -398,10 +409,11 @@ def test_an_evaluation_counts_redacted_samples_apart(shards):
     assert len(found.keys) == 2 * WHOLE - 3
 
 
-def evaluate(shards):
+def evaluate(shards, labels=None):
     wanted = Preprocessing(resize=20, crop=16, mean=(0.5,) * 3, std=(0.2,) * 3, max_pixels=10**6)
     trunk = build_trunk(tiny_config().model).eval()
-    return extract(trunk, [str(shards.folder)], preprocessing=wanted, storage=StorageSection())
+    labels = labels or Labels.from_shards()
+    return extract(trunk, [str(shards.folder)], preprocessing=wanted, storage=StorageSection(), labels=labels)
 
 
 # What ends a run.
