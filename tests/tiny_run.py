@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from streamswav.config import Config, StorageSection, dump_config, parse_config
 from streamswav.models import SwAVNetwork, build_network
 from streamswav.stream.store import Store, join
 from streamswav.training.checkpoint import CheckpointFolder, pack
+from streamswav.transfer.export.layouts import to_reference
 
 PROTOTYPES = 8
 
@@ -21,6 +23,12 @@ def tiny_config(**model: Any) -> Config:
     return parse_config(
         {"stream": {"seed": 5}, "model": section | model, "crops": crops, "swav": {"prototypes": PROTOTYPES}}
     )
+
+
+def as_published(network: SwAVNetwork) -> dict[str, Tensor]:
+    """Return a network's tensors under the names of the published SwAV weights."""
+    beside = {name: each for name, each in network.state_dict().items() if not name.startswith("trunk.")}
+    return to_reference(network.trunk.state_dict(), beside)
 
 
 def save_tiny_run(

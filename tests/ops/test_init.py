@@ -3,10 +3,11 @@
 import pytest
 import torch
 from runs import TINY, arguments, run, state_of
+from tiny_run import as_published
 
 from streamswav.config import parse_config
 from streamswav.errors import EXIT_CONFIG
-from streamswav.models import build_network, to_reference_layout
+from streamswav.models import build_network
 
 MODEL = {key.removeprefix("model."): value for key, value in TINY.items() if key.startswith("model.")}
 HARDLY = {"name": "sgd", "rate": 1e-30, "start_rate": 0, "final_rate": 0, "warmup_images": 0}
@@ -19,7 +20,7 @@ def given(make_shards, tmp_path):
     section = parse_config({"model": MODEL}).model
     torch.manual_seed(7)
     network = build_network(section, prototypes=12)
-    torch.save(to_reference_layout(network.state_dict()), tmp_path / "swav.pth.tar")
+    torch.save(as_published(network), tmp_path / "swav.pth.tar")
 
     def build(*more, model=None, images=16):
         keys = arguments(

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import tiny_config
+from tiny_run import as_published, tiny_config
 from torchvision.models import wide_resnet50_2
 from torchvision.models.resnet import Bottleneck
 
 from streamswav.errors import CheckpointError
-from streamswav.models import Trunk, build_network, build_trunk, to_reference_layout
+from streamswav.models import Trunk, build_network, build_trunk
 from streamswav.models.trunk import Architecture
 from streamswav.transfer.export.layouts import to_detectron2
 from streamswav.transfer.weights.trunks import open_network, open_trunk
@@ -81,7 +81,7 @@ def classifier(count):
 
 
 def test_the_authors_released_files(opened, network):
-    info = opened(to_reference_layout(network.state_dict()), "swav_800ep_pretrain.pth.tar")
+    info = opened(as_published(network), "swav_800ep_pretrain.pth.tar")
     assert (info.layout, info.report.prefix) == ("SwAV", "module.")
     assert info.report.beside == {"head": 9, "prototypes": 1}
     assert info.config.swav.prototypes == 6
@@ -92,7 +92,7 @@ def test_the_authors_training_checkpoints_with_numpys_scalars(opened, network):
     group = {"lr": np.float64(4.8), "eta": np.float32(1), "steps": np.int64(3), "nesterov": np.bool_(0)}
     momenta = {number: {"momentum_buffer": torch.ones(3)} for number in range(2)}
     optimizer = {"state": momenta, "param_groups": [group]}
-    state = to_reference_layout(network.state_dict())
+    state = as_published(network)
     content = {"epoch": 400, "state_dict": state, "optimizer": optimizer, "amp": {"scale": torch.ones(1)}}
     info = opened(content, "checkpoint.pth.tar")
     assert (info.layout, info.report.prefix) == ("SwAV", "state_dict.module.")
@@ -101,7 +101,7 @@ def test_the_authors_training_checkpoints_with_numpys_scalars(opened, network):
 
 def test_numpys_older_names_are_known_as_well(opened, network, tmp_path):
     """numpy 1 wrote `numpy.core`, in a pickle of the old format."""
-    content = {"state_dict": to_reference_layout(network.state_dict()), "lr": np.float64(1)}
+    content = {"state_dict": as_published(network), "lr": np.float64(1)}
     options = {"_use_new_zipfile_serialization": False}
     opened(content, **options)
     data = (tmp_path / "weights.pth").read_bytes()
@@ -305,7 +305,7 @@ class TestHeads:
         """The last layer is number 3 where the norm's place is kept, 2 where it is not."""
         state = {
             name.replace("projection_head.3", f"projection_head.{last}"): each
-            for name, each in to_reference_layout(bare.state_dict()).items()
+            for name, each in as_published(bare).items()
         }
         network, info = opened_network(state)
         assert not info.config.model.head_batch_norm
@@ -320,12 +320,12 @@ class TestHeads:
         assert found([IMAGES])[1].shape == (2, 5)
 
     def test_a_set_of_prototypes_with_a_number(self, opened_network, network):
-        state = to_reference_layout(network.state_dict())
+        state = as_published(network)
         state["module.prototypes.prototypes0.weight"] = state.pop("module.prototypes.weight")
         torch.testing.assert_close(opened_network(state)[0]([IMAGES]), network([IMAGES]), rtol=0, atol=0)
 
     def test_several_sets_of_prototypes_are_left_over(self, opened, opened_network, network):
-        state = to_reference_layout(network.state_dict())
+        state = as_published(network)
         for number in (0, 1):
             state[f"module.prototypes.prototypes{number}.weight"] = state["module.prototypes.weight"]
         del state["module.prototypes.weight"]
@@ -334,20 +334,20 @@ class TestHeads:
             opened_network(state)
 
     def test_a_head_of_another_form_is_left_over(self, opened, network):
-        state = to_reference_layout(network.state_dict())
+        state = as_published(network)
         state["module.projection_head.4.weight"] = torch.ones(8)
         state["module.projection_head.4.running_mean"] = torch.ones(8)
         assert opened(state).report.left_over == {"head": 11, "prototypes": 1}
 
     def test_a_head_for_other_features_is_left_over(self, opened, network):
-        state = to_reference_layout(network.state_dict())
+        state = as_published(network)
         state["module.projection_head.0.weight"] = torch.ones(16, 65)
         assert opened(state).report.left_over == {"head": 9, "prototypes": 1}
 
     def test_prototypes_that_are_not_finite_matter_only_to_those_who_use_them(
         self, opened, opened_network, network
     ):
-        state = to_reference_layout(network.state_dict())
+        state = as_published(network)
         state["module.prototypes.weight"] = torch.full((6, 8), torch.nan)
         assert opened(state).report.beside["prototypes"] == 1
         with pytest.raises(CheckpointError, match=r"prototypes\.weight holds 48 values that are NaN"):
