@@ -17,8 +17,13 @@ _KEY, _FLAG = "GATE_KEY", "GATE_FLAG"
 def passing(sample):
     """Let every sample pass; stand still at the one that the environment names."""
     if sample.key == os.environ.get(_KEY):
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        # A signal that comes before anybody waits for it is not lost in a pipe.
+        signal.set_wakeup_fd(writing)
         Path(os.environ[_FLAG]).touch()
-        signal.pause()
+        os.read(reading, 1)
+        signal.set_wakeup_fd(-1)
     return True
 
 
