@@ -23,10 +23,15 @@ from streamswav.training.evaluating import Evaluator
 from streamswav.training.pace import Pace
 from streamswav.training.task import Task
 from streamswav.transfer.finetuning.defaults import complete, rules_of_trunk, rules_that_hold
-from streamswav.transfer.finetuning.finetune import LabelledData, build_crop, build_finetuning, prepare_data
+from streamswav.transfer.finetuning.finetune import (
+    LabelledData,
+    build_crop,
+    build_finetuning,
+    open_for_all,
+    prepare_data,
+)
 from streamswav.transfer.finetuning.measuring import RESULTS_FILE, Measuring, refuse_unlabelled
 from streamswav.transfer.measuring.results import DataUsed
-from streamswav.transfer.weights.trunks import TrunkInfo, open_trunk
 
 
 def finetune(config: Config, drain: Drain) -> dict[str, Any]:
@@ -124,15 +129,8 @@ class _Parts:
         }
 
     def _open_trunk(self, config: Config, start: Start) -> Config:
-        """Open the trunk on every rank; return the configuration it was trained with."""
-        found: list[TrunkInfo] = []
-
-        def read() -> None:
-            self._trunk, info = open_trunk(config.model.init, storage=config.storage)
-            found.append(info)
-
-        start.ranks.each(read)
-        (info,) = found
+        """Open the trunk; return the configuration it was trained with."""
+        self._trunk, info = open_for_all(config, start.ranks)
         start.reporter.event("init", f"the trunk begins as {info.url}: {info.report}", layout=info.layout)
         return info.config
 

@@ -118,7 +118,10 @@ def assemble(
 
 
 def distribute(network: Network, config: Config, ranks: Ranks) -> Network | DistributedDataParallel:
-    """Wrap for several ranks. The running statistics that count are rank 0's, which saves them."""
+    """Wrap for several ranks, which all begin with rank 0's parameters and buffers.
+
+    The running statistics that count are rank 0's, which saves them.
+    """
     if ranks.world_size == 1:
         return network
     assert ranks.group is not None

@@ -28,6 +28,7 @@ from streamswav.transfer.finetuning.network import FinetuneNetwork, head_setting
 from streamswav.transfer.finetuning.task import Finetuning, SupervisedLearner
 from streamswav.transfer.measuring.heads import HeadBank
 from streamswav.transfer.subsets.subset import SubsetRequest, draw_subset
+from streamswav.transfer.weights.trunks import TrunkInfo, open_trunk
 
 CLASSES_FILE = "classes.json"
 SUBSET_FOLDER = "subset"
@@ -82,6 +83,26 @@ def prepare_data(config: Config, ranks: Ranks, store: Store) -> LabelledData:
     return LabelledData(config, train, test, test_urls)
 
 
+def open_for_all(config: Config, ranks: Ranks) -> tuple[Trunk | None, TrunkInfo]:
+    """Open the trunk of `model.init` once: on rank 0; `build_finetuning` gives the others its weights.
+
+    Returns:
+        The trunk, None on the other ranks, and where it comes from.
+
+    Raises:
+        CheckpointError, StorageError: as `load_trunk`, on all ranks.
+    """
+    opened: list[Trunk] = []
+
+    def read() -> TrunkInfo:
+        trunk, info = open_trunk(config.model.init, storage=config.storage)
+        opened.append(trunk)
+        return info
+
+    info = ranks.lead(read)
+    return (opened[0] if ranks.leads else None), info
+
+
 def build_crop(config: Config) -> MultiCrop:
     """Build what crops a labelled image for training."""
     if not config.finetune.rand_augment:
@@ -94,7 +115,7 @@ def build_finetuning(config: Config, trunk: Trunk | None, ranks: Ranks, *, multi
 
     Args:
         config: resolved, on the grid of these ranks.
-        trunk: with the weights that it begins with; None: drawn at random.
+        trunk: with the weights that it begins with; None: drawn at random. All ranks begin with rank 0's.
         ranks: that share the batches.
         multi: an image may have several labels.
     """
