@@ -1,11 +1,11 @@
 """Weights in: trunks and whole networks out of checkpoints and files of many makers, all of it or nothing.
 
 a folder   of a run, its `checkpoints` or one `step-*`: as its configuration says
-a file     weight_files      tensors by name, nothing executed
-           weight_layouts    where the trunk lies among them, and whose layout that is
-           architecture      which trunk it is, by names and shapes
-           weight_heads      projection head and prototypes, where a network has a place for them
-           weight_facts      what an export says beside that
+a file     files           tensors by name, nothing executed
+           layouts         where the trunk lies among them, and whose layout that is
+           architecture    which trunk it is, by names and shapes
+           heads           projection head and prototypes, where a network has a place for them
+           facts           what an export says beside that
 """
 
 from __future__ import annotations
