@@ -407,6 +407,10 @@ class TestLessOrOther:
         state["layer3.0.bn1.weight"] = torch.tensor([float("nan"), float("inf")] * 16)
         assert refused(state).endswith("layer3.0.bn1.weight holds 32 values that are NaN or infinite")
 
+    def test_variances_of_which_there_is_no_root(self, refused, state):
+        state["layer3.0.bn1.running_var"] = torch.full((32,), -1e-3)
+        assert refused(state).endswith("layer3.0.bn1.running_var holds negative numbers, where variances are")
+
     @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.uint8, torch.bool])
     def test_numbers_that_are_no_weights(self, refused, state, dtype):
         state["conv1.weight"] = torch.ones(8, 3, 7, 7).to(dtype)

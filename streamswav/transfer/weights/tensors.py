@@ -19,6 +19,8 @@ _LONGEST = 600
 COUNTER = "num_batches_tracked"
 """Of a batch norm; missing in files from before torch 0.4.1, and of no effect on features."""
 
+_VARIANCE = "running_var"
+
 
 def flatten(content: Any) -> Tensors:
     """Name the tensors in nested containers by their path, joined by dots.
@@ -59,7 +61,8 @@ def to_float(tensors: Mapping[str, Tensor], source: str) -> Tensors:
     """Return copies in float32, contiguous and finite; counters of batch norms stay whole numbers.
 
     Raises:
-        CheckpointError: a tensor that holds no weights: whole or complex numbers, NaN, infinity.
+        CheckpointError: a tensor that holds no weights: whole or complex numbers, NaN, infinity, or
+            variances below 0.
     """
     return {name: _to_float(name, tensor, source) for name, tensor in tensors.items()}
 
@@ -91,6 +94,8 @@ def _to_float(name: str, tensor: Tensor, source: str) -> Tensor:
     # The sum is not finite where a summand is not, and takes a fraction of the time.
     if not copied.sum().isfinite() and (count := int(copied.isfinite().logical_not().sum())):
         raise CheckpointError(f"{source}: {name} holds {count:,} values that are NaN or infinite")
+    if name.endswith(_VARIANCE) and (copied < 0).any():
+        raise CheckpointError(f"{source}: {name} holds negative numbers, where variances are")
     return copied
 
 
