@@ -6,13 +6,12 @@ import argparse
 import json
 import os
 import sys
-import time
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 from streamswav.config import Config
 from streamswav.drain import Drain, drain_on_signals
-from streamswav.errors import ConfigError, StreamswavError
+from streamswav.errors import ConfigError
 
 if TYPE_CHECKING:
     from streamswav.transfer.embedding.embed import EmbedSettings
@@ -27,7 +26,6 @@ A second start of the same command goes on where the first was ended, on any num
 exit codes: 0 done · 75 stopped by a signal, the same command goes on · 78 do not restart before something was
 changed (the message says what) · 1 anything else
 """
-_LEADER_FIRST_SECONDS = 2.0
 _MOST_WORKERS = 8
 
 
@@ -83,6 +81,7 @@ def _embed(args: argparse.Namespace, given: Config, drain: Drain) -> dict[str, A
     from streamswav.telemetry.progress import Reporter  # noqa: PLC0415
     from streamswav.training.distributed import (  # noqa: PLC0415
         join_ranks,
+        leader_tells,
         local_world_size,
         own_heartbeat,
         own_rank,
@@ -97,31 +96,24 @@ def _embed(args: argparse.Namespace, given: Config, drain: Drain) -> dict[str, A
     with ExitStack() as stack:
         watchdog = stack.enter_context(watch(given.watchdog, own_heartbeat(), rank=own_rank()))
         ranks = stack.enter_context(join_ranks(args.device))
+        stack.enter_context(leader_tells(ranks))
         reporter = stack.enter_context(closing(Reporter(silent=not ranks.leads)))
 
         def alive() -> None:
             drain.patient = True  # from the first batch on there is something to write first
             watchdog.enter("evaluation")
 
-        try:
-            summary = embed(
-                args.checkpoint,
-                args.words,
-                args.to,
-                settings=settings,
-                config=given,
-                ranks=ranks,
-                reporter=reporter,
-                give_up=drain,
-                alive=alive,
-            )
-        except StreamswavError as error:
-            if ranks.leads:
-                raise
-            # All ranks have the same error. Rank 0 tells it, in time: a launcher ends the others as soon as
-            # one has gone.
-            time.sleep(_LEADER_FIRST_SECONDS)
-            raise SystemExit(error.exit_code) from None
+        summary = embed(
+            args.checkpoint,
+            args.words,
+            args.to,
+            settings=settings,
+            config=given,
+            ranks=ranks,
+            reporter=reporter,
+            give_up=drain,
+            alive=alive,
+        )
         return summary if ranks.leads else {}
 
 

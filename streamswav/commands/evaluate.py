@@ -15,7 +15,7 @@ from streamswav.drain import drain_on_signals
 from streamswav.errors import ConfigError, DeniedError, NotFoundError
 from streamswav.stream.store import Store
 from streamswav.telemetry.progress import Reporter
-from streamswav.training.distributed import join_ranks, own_heartbeat
+from streamswav.training.distributed import join_ranks, leader_tells, own_heartbeat
 from streamswav.training.watchdog import Watchdog
 from streamswav.transfer.measuring.baselines import BASELINES
 from streamswav.transfer.measuring.evaluation import PROTOCOLS, Wanted, evaluate
@@ -135,6 +135,7 @@ def _run(
         drain.patient = True  # it is asked at every batch
         watchdog = Watchdog(given.watchdog, own_heartbeat())  # the launcher looks, if there is one
         ranks = stack.enter_context(join_ranks(args.device))
+        stack.enter_context(leader_tells(ranks))
         if args.json and args.json != "-":
             ranks.lead(lambda: _check_writable(args.json, store))
 

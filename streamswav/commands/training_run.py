@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from typing import Any
@@ -38,6 +37,7 @@ from streamswav.training.distributed import (
     Ranks,
     compute_repeatably,
     join_ranks,
+    leader_tells,
     local_world_size,
     own_heartbeat,
     own_rank,
@@ -54,7 +54,6 @@ from streamswav.training.task import Task
 from streamswav.training.trainer import Trainer
 from streamswav.training.watchdog import Watchdog, watch
 
-_LEADER_FIRST_SECONDS = 2.0
 _CLOSE_SECONDS = 60.0
 
 
@@ -78,6 +77,7 @@ def run_training(config: Config, drain: Drain, program: Program) -> dict[str, An
     with ExitStack() as stack:
         watchdog = stack.enter_context(watch(config.watchdog, own_heartbeat(), rank=own_rank()))
         ranks = stack.enter_context(join_ranks(config.training.device))
+        stack.enter_context(leader_tells(ranks))
         try:
             section = config.telemetry
             ranks.lead(
@@ -89,12 +89,7 @@ def run_training(config: Config, drain: Drain, program: Program) -> dict[str, An
                 return _train(run, program, drain, watchdog)
         except StreamswavError as error:
             metrics.set_state("draining" if isinstance(error, DrainedError) else "failed")
-            if ranks.leads:
-                raise
-            # All ranks have the same error, since they agree on every one. Rank 0 tells it, in time: a
-            # launcher ends the others as soon as one has gone.
-            time.sleep(_LEADER_FIRST_SECONDS)
-            raise SystemExit(error.exit_code) from None
+            raise
 
 
 def refuse_incomplete(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ _LOST = (
 
 # With these cuBLAS works with one workspace a stream, and always in the same order.
 _CUBLAS_VARIABLE, _CUBLAS_REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+
+_LEADER_FIRST_SECONDS = 2.0
 
 Plain = TypeVar("Plain")
 
@@ -154,6 +157,21 @@ def _joined(local_rank: int, place: torch.device) -> Iterator[Ranks]:
         yield Ranks(rank, world_size, local_rank, place, dist.group.WORLD, control)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def leader_tells(ranks: Ranks) -> Iterator[None]:
+    """Let rank 0 alone tell of an error that all ranks have, since they agree on every one.
+
+    It does so in time: a launcher ends the others as soon as one has gone.
+    """
+    try:
+        yield
+    except StreamswavError as error:
+        if ranks.leads:
+            raise
+        time.sleep(_LEADER_FIRST_SECONDS)
+        raise SystemExit(error.exit_code) from None
 
 
 @contextmanager

@@ -53,6 +53,14 @@ def test_what_cannot_work_is_refused_before_ranks_are_started(asked, tmp_path):
         assert not running.ranks()
 
 
+def test_an_error_that_all_ranks_have_is_told_once(asked, tmp_path):
+    asked[asked.index("--checkpoint") + 1] = str(tmp_path / "nowhere")
+    with start_ranks(2, ["knn", *asked], tmp_path / "out", launcher=[]) as running:
+        ended = running.wait()
+    assert ended.code == EXIT_CONFIG, ended.err
+    assert ended.err.count("there is neither a checkpoint nor a file of weights") == 1
+
+
 def test_features_that_are_kept_are_not_computed_again(asked, tmp_path):
     arguments = ["knn", *asked, "--features", str(tmp_path / "kept"), "--json"]
     first = run([*arguments, str(tmp_path / "first.json")], tmp_path / "first")
