@@ -101,6 +101,17 @@ def test_the_listed_command_runs_the_same_cell(data, done, tmp_path, capfd):
     assert top1(folder / "scratch-4-seed-2") == top1(done / "scratch-4-seed-2")
 
 
+def test_what_the_stream_leaves_out_is_not_drawn(data, done, tmp_path):
+    drawn = json.loads((done / "images-4-seed-0" / "subset.json").read_text())["keys"]
+    (tmp_path / "excluded.txt").write_text(drawn[0] + "\n")
+    given = grid(data, tmp_path / "grid", **{"stream.exclude": tmp_path / "excluded.txt"})
+    given[given.index("1") : given.index("2") + 1] = []  # of the seeds
+    assert cli.main(given) == EXIT_DONE
+    left = json.loads((tmp_path / "grid" / "images-4-seed-0" / "subset.json").read_text())["keys"]
+    assert drawn[0] not in left
+    assert len(left) == len(drawn)
+
+
 def test_another_grid_in_the_same_folder_is_refused(data, done, capfd):
     assert cli.main(grid(data, done, **{"stream.passes": 3})) == EXIT_CONFIG
     assert "stream.passes = 3" in capfd.readouterr().err

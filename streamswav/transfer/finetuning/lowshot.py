@@ -11,6 +11,7 @@ import yaml
 from streamswav.config import Config, parse_config
 from streamswav.errors import ConfigError
 from streamswav.stream.store import Store, join, redact
+from streamswav.training.feeding import build_selection
 from streamswav.transfer.finetuning.finetune import load_both, subset_of
 from streamswav.transfer.finetuning.measuring import RESULTS_FILE
 from streamswav.transfer.measuring.results import DataUsed, Results, Value, over_runs
@@ -127,7 +128,8 @@ def draw_images(cells: Sequence[Cell], store: Store) -> None:
     config = cells[0].config
     requests = dict(subset_of(cell.config) for cell in cells)
     train, _ = load_both(config, store)
-    draw_subsets(config.stream.urls, requests, storage=config.storage, labels=train)
+    select = build_selection(config, store)
+    draw_subsets(config.stream.urls, requests, storage=config.storage, labels=train, select=select)
 
 
 def collect(config: Config, cells: Sequence[Cell], found: Sequence[Results]) -> Results:
