@@ -9,6 +9,21 @@ from typing import NoReturn
 from streamswav.errors import EXIT_CONFIG
 
 
+def whole(text: str) -> int:
+    """Read a whole number from 0 on, as the type of an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """Read a whole number from 1 on, as the type of an argument."""
+    number = whole(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, but that a mistake is told in one line; parsers of subcommands become such ones too."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
+from streamswav.arguments import count, whole
 from streamswav.config import Config
 from streamswav.drain import Drain, drain_on_signals
 from streamswav.errors import ConfigError
@@ -26,7 +26,6 @@ A second start of the same command goes on where the first was ended, on any num
 exit codes: 0 done · 75 stopped by a signal, the same command goes on · 78 do not restart before something was
 changed (the message says what) · 1 anything else
 """
-_MOST_WORKERS = 8
 
 
 def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +43,12 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--layout", default="npy", metavar="NAME", help="npy (default) or parquet")
     add("--float16", action="store_true", help="half precision in the tables")
-    add("--top", type=_count, default=8, metavar="N", help="largest entries kept of a code (default: 8)")
-    add("--part", type=_count, default=4096, metavar="SAMPLES", help="of a shard in a part (default: 4096)")
-    add("--resize", type=_count, metavar="PIXELS", help="shorter side (default: from the crop)")
-    add("--crop", type=_count, metavar="PIXELS", help="centre crop (default: the run's first crop size)")
-    add("--batch", type=_count, default=256, metavar="IMAGES", help="through the network at once")
-    add("--workers", type=_whole, metavar="N", help="processes a rank that decode (default: the cores)")
+    add("--top", type=count, default=8, metavar="N", help="largest entries kept of a code (default: 8)")
+    add("--part", type=count, default=4096, metavar="SAMPLES", help="of a shard in a part (default: 4096)")
+    add("--resize", type=count, metavar="PIXELS", help="shorter side (default: from the crop)")
+    add("--crop", type=count, metavar="PIXELS", help="centre crop (default: the run's first crop size)")
+    add("--batch", type=count, default=256, metavar="IMAGES", help="through the network at once")
+    add("--workers", type=whole, metavar="N", help="processes a rank that decode (default: the cores)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
     parser.set_defaults(words=[])
 
@@ -82,16 +81,15 @@ def _embed(args: argparse.Namespace, given: Config, drain: Drain) -> dict[str, A
     from streamswav.training.distributed import (  # noqa: PLC0415
         join_ranks,
         leader_tells,
-        local_world_size,
+        own_cores,
         own_heartbeat,
         own_rank,
     )
     from streamswav.training.watchdog import watch  # noqa: PLC0415
     from streamswav.transfer.embedding.embed import embed  # noqa: PLC0415
 
-    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size())
-    torch.set_num_threads(given.training.threads or cores)
-    settings = _settings(args, cores)
+    torch.set_num_threads(given.training.threads or own_cores())
+    settings = _settings(args)
     settings.check()
     with ExitStack() as stack:
         watchdog = stack.enter_context(watch(given.watchdog, own_heartbeat(), rank=own_rank()))
@@ -117,9 +115,10 @@ def _embed(args: argparse.Namespace, given: Config, drain: Drain) -> dict[str, A
         return summary if ranks.leads else {}
 
 
-def _settings(args: argparse.Namespace, cores: int) -> EmbedSettings:
+def _settings(args: argparse.Namespace) -> EmbedSettings:
     from streamswav.transfer.embedding.embed import EmbedSettings  # noqa: PLC0415
     from streamswav.transfer.embedding.embedder import Wanted  # noqa: PLC0415
+    from streamswav.transfer.extraction.reading import default_workers  # noqa: PLC0415
 
     what = tuple(each.strip() for each in args.what.split(",") if each.strip())
     return EmbedSettings(
@@ -129,17 +128,5 @@ def _settings(args: argparse.Namespace, cores: int) -> EmbedSettings:
         resize=args.resize,
         crop=args.crop,
         batch=args.batch,
-        workers=min(cores, _MOST_WORKERS) if args.workers is None else args.workers,
+        workers=default_workers() if args.workers is None else args.workers,
     )
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if _whole(text) == 0:
-        raise argparse.ArgumentTypeError("0 is too few")
-    return int(text)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 
 import torch
 
+from streamswav.arguments import count, whole
 from streamswav.config import Config
 from streamswav.drain import drain_on_signals
 from streamswav.errors import ConfigError, DeniedError, NotFoundError
@@ -222,11 +223,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep features there, and go on with those that are there",
     )
-    add("--resize", type=_count, metavar="PIXELS", help="shorter side (default: from the crop)")
-    add("--crop", type=_count, metavar="PIXELS", help="centre crop (default: the run's first crop size)")
-    add("--limit", type=_count, metavar="IMAGES", help="use about so many of each set")
-    add("--batch", type=_count, default=256, metavar="IMAGES", help="through the trunk at once")
-    add("--workers", type=_whole, metavar="N", help="processes that decode; 0: none (default: the cores)")
+    add("--resize", type=count, metavar="PIXELS", help="shorter side (default: from the crop)")
+    add("--crop", type=count, metavar="PIXELS", help="centre crop (default: the run's first crop size)")
+    add("--limit", type=count, metavar="IMAGES", help="use about so many of each set")
+    add("--batch", type=count, default=256, metavar="IMAGES", help="through the trunk at once")
+    add("--workers", type=whole, metavar="N", help="processes that decode; 0: none (default: the cores)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the trunk runs")
 
 
@@ -235,7 +236,7 @@ def _add_knn(parser: argparse.ArgumentParser) -> None:
     add(
         "--k",
         nargs="+",
-        type=_count,
+        type=count,
         metavar="K",
         help="neighbours that vote (default: 20 200 where they fit)",
     )
@@ -251,7 +252,7 @@ def _add_knn(parser: argparse.ArgumentParser) -> None:
 
 def _add_linear(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--epochs", type=_count, default=_LINEAR.epochs, help="over the training features (default: 100)")
+    add("--epochs", type=count, default=_LINEAR.epochs, help="over the training features (default: 100)")
     add(
         "--rate",
         nargs="+",
@@ -288,21 +289,8 @@ def _add_svm(parser: argparse.ArgumentParser) -> None:
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seed", type=_whole, default=_LINEAR.seed, help="of weights, orders, folds and what is held out"
+        "--seed", type=whole, default=_LINEAR.seed, help="of weights, orders, folds and what is held out"
     )
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    number = _whole(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError("0 is too few")
-    return number
 
 
 def _number(what: str, holds: Callable[[float], bool]) -> Callable[[str], float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from typing import Any
@@ -38,7 +37,7 @@ from streamswav.training.distributed import (
     compute_repeatably,
     join_ranks,
     leader_tells,
-    local_world_size,
+    own_cores,
     own_heartbeat,
     own_rank,
 )
@@ -124,7 +123,7 @@ def _prepare(
     cuda = ranks.device.type == "cuda"
     facts = Facts(
         world_size=ranks.world_size,
-        cores=min(ranks.gather(_cores())),
+        cores=min(ranks.gather(own_cores())),
         cuda=cuda,
         bfloat16=all(ranks.gather(cuda and torch.cuda.is_bf16_supported(including_emulation=False))),
         shards=len(manifest.shards),
@@ -153,17 +152,12 @@ def tell_choices(choices: Iterable[Choice], reporter: Reporter) -> None:
 
 
 def _set_up_torch(config: Config, ranks: Ranks) -> None:
-    torch.set_num_threads(config.training.threads or _cores())
+    torch.set_num_threads(config.training.threads or own_cores())
     torch.manual_seed(config.stream.seed)
     if config.training.deterministic:
         compute_repeatably()
     elif ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-
-
-def _cores() -> int:
-    """The CPU cores that a rank of this machine can use."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
 def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:

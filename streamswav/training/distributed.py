@@ -206,6 +206,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def own_cores() -> int:
+    """Return the number of CPU cores that a rank of this machine can use."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
 def _pick_device(device: str, local_rank: int) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:

@@ -21,7 +21,10 @@ from streamswav.stream.samples import SampleId, pass_over
 from streamswav.stream.select import Selection
 from streamswav.stream.store import redact
 from streamswav.stream.tar import Damage, TarSample
+from streamswav.training.distributed import own_cores
 from streamswav.transfer.extraction.stretches import End, Stretch, Task
+
+_MOST_WORKERS = 8
 
 UNLABELLED = "unlabelled"
 """Outcome of a sample without a label, where one is needed."""
@@ -46,6 +49,11 @@ class Preprocessing:
     std: tuple[float, float, float]
     max_pixels: int
     exif_orientation: bool = False
+
+
+def default_workers() -> int:
+    """Return how many loader processes a rank has where nobody says: one a core, 8 at most."""
+    return min(own_cores(), _MOST_WORKERS)
 
 
 @dataclass(frozen=True)

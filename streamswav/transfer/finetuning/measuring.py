@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
@@ -16,6 +15,7 @@ from streamswav.stream.store import Store, join, redact
 from streamswav.training.distributed import Ranks
 from streamswav.training.evaluating import as_saved
 from streamswav.transfer.extraction.features import Features, Preprocessing, extract, gather_features
+from streamswav.transfer.extraction.reading import default_workers
 from streamswav.transfer.finetuning.finetune import LabelledData
 from streamswav.transfer.finetuning.network import FinetuneNetwork, ScoreRows, head_settings
 from streamswav.transfer.measuring.evaluation import choose_preprocessing
@@ -28,7 +28,6 @@ RESULTS_FILE = "results.json"
 EVALUATIONS = "evaluations"
 
 _LOOKED_AT = 8
-_MOST_WORKERS = 8
 _LAST = "checkpoint"
 _BEST = "best epoch, chosen on these test images"
 
@@ -135,7 +134,7 @@ class Measuring:
                 storage=self._config.storage,
                 labels=self._data.test,
                 ranks=ranks,
-                workers=min(max(1, len(os.sched_getaffinity(0)) // ranks.world_size), _MOST_WORKERS),
+                workers=default_workers(),
                 device=ranks.device,
                 give_up=self._drain,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,8 +16,9 @@ from streamswav.stream.labels import Labels, load_labels
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.progress import Reporter
-from streamswav.training.distributed import Ranks, local_world_size
+from streamswav.training.distributed import Ranks
 from streamswav.transfer.extraction.features import Features, Preprocessing, extract, gather_features
+from streamswav.transfer.extraction.reading import default_workers
 from streamswav.transfer.extraction.together import Together
 from streamswav.transfer.measuring.baselines import SideBySide, make_columns
 from streamswav.transfer.measuring.knn import KnnSettings, measure_knn
@@ -39,7 +39,6 @@ __all__ = ["PROTOCOLS", "Wanted", "choose_preprocessing", "evaluate", "index_cla
 PROTOCOLS = ("knn", "linear", "svm")
 
 _SMALL_IMAGE = 64
-_MOST_WORKERS = 8
 _REPORT_SECONDS = 10.0
 _PART = 8192
 _ALONE = Ranks()
@@ -191,7 +190,7 @@ class _Work:
             labels=labels,
             ranks=self.ranks,
             keep=join(wanted.features, role) if wanted.features else "",
-            workers=_default_workers() if wanted.workers is None else wanted.workers,
+            workers=default_workers() if wanted.workers is None else wanted.workers,
             batch=wanted.batch,
             device=self.ranks.device,
             limit=wanted.limit,
@@ -335,11 +334,6 @@ def _describe(info: TrunkInfo, features: int) -> dict[str, object]:
         "images": info.images,
         "layout": info.layout,
     }
-
-
-def _default_workers() -> int:
-    """Return how many a rank has: one a core, shared among the ranks of the machine."""
-    return max(1, min(len(os.sched_getaffinity(0)) // local_world_size(), _MOST_WORKERS))
 
 
 def _progress(reporter: Reporter | None, what: str) -> Callable[[int], None]:

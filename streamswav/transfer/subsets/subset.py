@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.select import Selection, read_lines
 from streamswav.stream.store import Store, redact
-from streamswav.training.distributed import Ranks, local_world_size
+from streamswav.training.distributed import Ranks, own_cores
 from streamswav.transfer.subsets.folder import Subset, begin_subset, commit_subset, find_subset
 from streamswav.transfer.subsets.scan import Choice, Picked, Record, scan
 from streamswav.transfer.subsets.write import Entry, Writing, arrange
@@ -284,7 +283,7 @@ def _digest(manifest: Manifest, choice: Choice, judges: str) -> str:
 def _pick_workers(manifest: Manifest) -> int:
     if manifest.size < _WORTH_WORKERS:
         return 0
-    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // local_world_size())
+    return min(_MOST_WORKERS, own_cores())
 
 
 def _warn(task: _Task, subset: Subset, missing: Sequence[str]) -> None:
