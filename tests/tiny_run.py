@@ -12,7 +12,7 @@ from streamswav.config import Config, StorageSection, dump_config, parse_config
 from streamswav.models import SwAVNetwork, build_network
 from streamswav.stream.store import Store, join
 from streamswav.training.checkpoint import CheckpointFolder, pack
-from streamswav.transfer.export.layouts import to_reference
+from streamswav.transfer.weights.names import to_reference
 
 PROTOTYPES = 8
 

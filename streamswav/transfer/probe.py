@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from streamswav.config import Config
 from streamswav.defaults import known
@@ -23,9 +23,11 @@ from streamswav.stream.store import Store, join
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.distributed import Ranks
 from streamswav.training.evaluating import as_saved
-from streamswav.transfer.extraction.features import Features, extract, gather_features
-from streamswav.transfer.measuring.evaluation import choose_preprocessing, index_classes
+from streamswav.transfer.extraction.collected import Features
+from streamswav.transfer.extraction.features import extract, gather_features
+from streamswav.transfer.extraction.preprocessing import choose_preprocessing
 from streamswav.transfer.measuring.knn import KnnSettings, measure_knn
+from streamswav.transfer.measuring.labelled_sets import number_classes
 from streamswav.transfer.measuring.linear import LinearSettings, measure_linear
 
 PROBES_FILE = "probes.json"
@@ -122,7 +124,7 @@ class Probe:
         assert train is not None
         assert test is not None
         evaluation, device = self._config.evaluation, self._ranks.device
-        learnt, asked, classes = _classes(train.labels, test.labels)
+        learnt, asked, classes = number_classes(train.labels, test.labels, Ranks())
         sets = (train.features, learnt, test.features, asked)
         settings = KnnSettings((min(evaluation.neighbours, len(learnt)),))
         nearest = measure_knn(*sets, classes=classes, settings=settings, device=device)
@@ -146,13 +148,6 @@ class Probe:
         kept = [each for each in before if each["step"] < entry["step"]]
         lines = ",\n".join(map(json.dumps, [*kept, dict(entry)]))
         self._store.write(self._place, f"[\n{lines}\n]\n".encode())
-
-
-def _classes(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Number the classes of single labels; several an image are rows of all classes already."""
-    if train.dim() == 2:
-        return train, test, train.shape[1]
-    return index_classes(train, test)
 
 
 def _first(scores: Mapping[str, float]) -> float:

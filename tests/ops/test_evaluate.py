@@ -14,9 +14,11 @@ from tiny_run import save_tiny_run, tiny_config
 from streamswav.commands import evaluate as command
 from streamswav.config import Config, CropsSection, LabelsSection, StorageSection
 from streamswav.errors import EXIT_CONFIG, CheckpointError, ConfigError, DeniedError
+from streamswav.training.distributed import Ranks
+from streamswav.transfer.extraction.preprocessing import choose_preprocessing
 from streamswav.transfer.measuring.baselines import RawPixels
-from streamswav.transfer.measuring.evaluation import Wanted, choose_preprocessing, evaluate
-from streamswav.transfer.measuring.labelled_sets import index_classes
+from streamswav.transfer.measuring.evaluation import Wanted, evaluate
+from streamswav.transfer.measuring.labelled_sets import number_classes
 
 CLASSES = 4
 PARTS = {
@@ -234,7 +236,9 @@ def test_a_crop_larger_than_the_image_is_refused():
 
 
 def test_classes_are_numbered_by_training_and_others_are_unknown():
-    train, test, classes = index_classes(torch.tensor([900, 7, 7, 12]), torch.tensor([12, 8, 900, 10**12]))
+    train, test, classes = number_classes(
+        torch.tensor([900, 7, 7, 12]), torch.tensor([12, 8, 900, 10**12]), Ranks()
+    )
     assert (train.tolist(), test.tolist(), classes) == ([2, 0, 0, 1], [1, -1, 2, -1], 3)
 
 

@@ -12,7 +12,8 @@ from streamswav.config import StorageSection
 from streamswav.crops import centre_crop
 from streamswav.errors import DataError, ManifestError, NonFiniteError, StorageError
 from streamswav.models import build_trunk
-from streamswav.transfer.extraction.features import Preprocessing, extract
+from streamswav.transfer.extraction.features import extract
+from streamswav.transfer.extraction.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(
     resize=20, crop=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), max_pixels=10**6

@@ -32,7 +32,8 @@ from streamswav.stream.store import Store
 from streamswav.training.distributed import Ranks
 from streamswav.transfer.embedding.embeddings import read_embeddings, read_parts
 from streamswav.transfer.extraction import gathering, together
-from streamswav.transfer.extraction.features import Preprocessing, extract, gather_features
+from streamswav.transfer.extraction.features import extract, gather_features
+from streamswav.transfer.extraction.preprocessing import Preprocessing
 
 COUNTS = [11, 3, 0, 26]
 PART, BATCH = 4, 3

@@ -47,7 +47,8 @@ from streamswav.stream.manifest import list_manifest
 from streamswav.stream.position import Position, lost_bytes
 from streamswav.stream.store import Store
 from streamswav.telemetry.metrics import Metrics
-from streamswav.transfer.extraction.features import Preprocessing, extract
+from streamswav.transfer.extraction.features import extract
+from streamswav.transfer.extraction.preprocessing import Preprocessing
 
 BATCH = 4
 WHOLE = 16  # samples of a shard without fault

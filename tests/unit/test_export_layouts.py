@@ -17,7 +17,7 @@ from streamswav.transfer.export.constructors import (
     timm_lines,
     torchvision_lines,
 )
-from streamswav.transfer.export.layouts import from_detectron2, to_detectron2, to_reference, to_torchvision
+from streamswav.transfer.weights.names import from_detectron2, to_detectron2, to_reference, to_torchvision
 
 GOLDENS = json.loads(
     (Path(__file__).parents[1] / "goldens" / "reference_checkpoint_tensors.json").read_text()

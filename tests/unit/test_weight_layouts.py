@@ -14,7 +14,7 @@ from torchvision.models.resnet import Bottleneck
 from streamswav.errors import CheckpointError
 from streamswav.models import Trunk, build_network, build_trunk
 from streamswav.models.trunk import Architecture
-from streamswav.transfer.export.layouts import to_detectron2
+from streamswav.transfer.weights.names import to_detectron2
 from streamswav.transfer.weights.trunks import open_network, open_trunk
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -23,9 +23,9 @@ from streamswav.transfer.extraction.features import describe, digest_module
 from streamswav.transfer.extraction.jobs import Job
 from streamswav.transfer.extraction.part_folder import PartFolder
 from streamswav.transfer.extraction.part_formats import LAYOUTS, Layout, check_layout
+from streamswav.transfer.extraction.preprocessing import choose_preprocessing
 from streamswav.transfer.extraction.reading import ImageSource
 from streamswav.transfer.extraction.stretches import Stretch
-from streamswav.transfer.measuring.evaluation import choose_preprocessing
 from streamswav.transfer.weights.trunks import TrunkInfo
 
 QUARANTINE_FILE = "quarantined.jsonl"

@@ -27,7 +27,7 @@ from streamswav.transfer.export.files import (
 )
 from streamswav.transfer.export.model_card import describe, in_short, load_lines, write_card
 from streamswav.transfer.export.source import Source, read_results, read_source
-from streamswav.transfer.measuring.evaluation import choose_preprocessing
+from streamswav.transfer.extraction.preprocessing import choose_preprocessing
 
 _PICKLED = ("torchvision", "timm", "reference", "detectron2")
 _OF_SUFFIX = {

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from streamswav.errors import CheckpointError, ConfigError
 from streamswav.transfer.export.constructors import detectron2_settings
 from streamswav.transfer.export.graphs import Classified, check_onnx, write_onnx, write_program
-from streamswav.transfer.export.layouts import to_detectron2, to_reference, to_torchvision
 from streamswav.transfer.export.source import Source
+from streamswav.transfer.weights.names import to_detectron2, to_reference, to_torchvision
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GRAPHS = ("onnx", "torch.export")

@@ -20,7 +20,7 @@ from streamswav.transfer.export.constructors import (
 )
 from streamswav.transfer.export.graphs import sizes_taken
 from streamswav.transfer.export.source import Source, without_secrets
-from streamswav.transfer.extraction.features import Preprocessing
+from streamswav.transfer.extraction.preprocessing import Preprocessing
 
 FORMAT_VERSION = 1
 

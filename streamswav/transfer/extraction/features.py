@@ -23,10 +23,9 @@ from streamswav.transfer.extraction.collected import Collected, Features
 from streamswav.transfer.extraction.gathering import gather_bytes, gather_rows
 from streamswav.transfer.extraction.jobs import Job
 from streamswav.transfer.extraction.part_folder import PartFolder, describe_shards
-from streamswav.transfer.extraction.reading import ImageSource, Preprocessing
+from streamswav.transfer.extraction.preprocessing import Preprocessing
+from streamswav.transfer.extraction.reading import ImageSource
 from streamswav.transfer.extraction.stretches import first_of_each
-
-__all__ = ["Features", "Preprocessing", "describe", "digest_module", "extract", "gather_features"]
 
 _FROM_SHARDS = Labels.from_shards()
 _ALONE = Ranks()

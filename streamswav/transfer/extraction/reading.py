@@ -22,33 +22,13 @@ from streamswav.stream.select import Selection
 from streamswav.stream.store import redact
 from streamswav.stream.tar import Damage, TarSample
 from streamswav.training.distributed import own_cores
+from streamswav.transfer.extraction.preprocessing import Preprocessing
 from streamswav.transfer.extraction.stretches import End, Stretch, Task
 
 _MOST_WORKERS = 8
 
 UNLABELLED = "unlabelled"
 """Outcome of a sample without a label, where one is needed."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to an image of an evaluation.
-
-    Attributes:
-        resize: length of the shorter side in pixels.
-        crop: S, edge of the square that is then cut from the centre.
-        mean: of the normalisation, by channel, of 0 to 1.
-        std: of the normalisation.
-        max_pixels: larger images are skipped undecoded.
-        exif_orientation: turn images by their EXIF orientation.
-    """
-
-    resize: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    max_pixels: int
-    exif_orientation: bool = False
 
 
 def default_workers() -> int:

@@ -14,11 +14,12 @@ from streamswav.errors import ConfigError, DrainedError, NotFoundError
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.distributed import Ranks
 from streamswav.training.evaluating import as_saved
-from streamswav.transfer.extraction.features import Features, Preprocessing, extract, gather_features
+from streamswav.transfer.extraction.collected import Features
+from streamswav.transfer.extraction.features import extract, gather_features
+from streamswav.transfer.extraction.preprocessing import Preprocessing, choose_preprocessing
 from streamswav.transfer.extraction.reading import default_workers
 from streamswav.transfer.finetuning.finetune import LabelledData
 from streamswav.transfer.finetuning.network import FinetuneNetwork, ScoreRows, head_settings
-from streamswav.transfer.measuring.evaluation import choose_preprocessing
 from streamswav.transfer.measuring.intervals import Interval
 from streamswav.transfer.measuring.precision import measure_precision
 from streamswav.transfer.measuring.results import DataUsed, Results, Value, measure_accuracy

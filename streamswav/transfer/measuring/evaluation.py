@@ -9,15 +9,17 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from streamswav.config import CropsSection, LabelsSection, StorageSection
-from streamswav.errors import ConfigError, DrainedError, NonFiniteError
+from streamswav.config import LabelsSection, StorageSection
+from streamswav.errors import DrainedError, NonFiniteError
 from streamswav.models import Trunk
 from streamswav.stream.labels import Labels, load_labels
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.distributed import Ranks
-from streamswav.transfer.extraction.features import Features, Preprocessing, extract, gather_features
+from streamswav.transfer.extraction.collected import Features
+from streamswav.transfer.extraction.features import extract, gather_features
+from streamswav.transfer.extraction.preprocessing import Preprocessing, choose_preprocessing
 from streamswav.transfer.extraction.reading import default_workers
 from streamswav.transfer.extraction.together import Together
 from streamswav.transfer.measuring.baselines import SideBySide, make_columns
@@ -25,7 +27,6 @@ from streamswav.transfer.measuring.knn import KnnSettings, measure_knn
 from streamswav.transfer.measuring.labelled_sets import (
     describe_set,
     flat_places,
-    index_classes,
     number_classes,
 )
 from streamswav.transfer.measuring.linear import LinearSettings, measure_linear
@@ -34,11 +35,8 @@ from streamswav.transfer.measuring.results import Results, Value
 from streamswav.transfer.measuring.svm import SvmSettings, check_svm, measure_svm
 from streamswav.transfer.weights.trunks import TrunkInfo, open_trunk
 
-__all__ = ["PROTOCOLS", "Wanted", "choose_preprocessing", "evaluate", "index_classes"]
-
 PROTOCOLS = ("knn", "linear", "svm")
 
-_SMALL_IMAGE = 64
 _REPORT_SECONDS = 10.0
 _PART = 8192
 _ALONE = Ranks()
@@ -290,21 +288,6 @@ class _Work:
         if multi or "svm" in wanted.protocols:
             seeds["bootstrap"] = 0
         return seeds
-
-
-def choose_preprocessing(
-    crops: CropsSection, *, resize: int | None = None, crop: int | None = None
-) -> Preprocessing:
-    """Complete what is not given from a run's crops, and normalise as the run did.
-
-    Raises:
-        ConfigError: a crop larger than the resized image.
-    """
-    crop = crop or crops.sizes[0]
-    resize = resize or (crop if crop < _SMALL_IMAGE else round(crop * 256 / 224))
-    if resize < crop:
-        raise ConfigError("--resize", f"smaller than the crop ({crop})", value=resize)
-    return Preprocessing(resize, crop, crops.mean, crops.std, crops.max_pixels, crops.exif_orientation)
 
 
 def _open(checkpoint: str, storage: StorageSection, ranks: Ranks) -> tuple[Trunk, TrunkInfo]:

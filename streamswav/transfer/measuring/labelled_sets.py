@@ -14,24 +14,9 @@ from streamswav.config import LabelsSection
 from streamswav.stream.manifest import list_manifest
 from streamswav.stream.store import Store, redact
 from streamswav.training.distributed import Ranks
-from streamswav.transfer.extraction.features import Features
+from streamswav.transfer.extraction.collected import Features
 from streamswav.transfer.measuring.exchange import all_rows
 from streamswav.transfer.measuring.results import DataUsed
-
-_ALONE = Ranks()
-
-
-def index_classes(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Number the classes that occur in training from 0, whatever their labels.
-
-    Args:
-        train: labels [N].
-        test: labels [M].
-
-    Returns:
-        Classes [N], classes [M] (-1 for a label that no training image has), and their number.
-    """
-    return number_classes(train, test, _ALONE)
 
 
 def number_classes(train: Tensor, test: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, int]:
@@ -43,7 +28,8 @@ def number_classes(train: Tensor, test: Tensor, ranks: Ranks) -> tuple[Tensor, T
         ranks: that have images.
 
     Returns:
-        As `index_classes`; of several labels int8 [N, E] and [M, E] with E the larger of C and D.
+        Classes [N] from 0 on, whatever the labels; classes [M], -1 for a label of no training image; and
+        their number. Of several labels int8 [N, E] and [M, E], and E, the larger of C and D.
     """
     if train.dim() == 2:
         classes = max(train.shape[1], test.shape[1])

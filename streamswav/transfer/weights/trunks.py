@@ -24,12 +24,12 @@ from streamswav.errors import CheckpointError, ConfigError
 from streamswav.models import SwAVNetwork, Trunk, build_network, build_trunk
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, unpack
-from streamswav.transfer.export.layouts import from_detectron2
 from streamswav.transfer.weights.architecture import Match, compare, find_architecture
 from streamswav.transfer.weights.facts import Facts, configure, images_seen, read_facts
 from streamswav.transfer.weights.files import is_file, read_tensors
 from streamswav.transfer.weights.heads import read_heads
 from streamswav.transfer.weights.layouts import Found, find_trunk, group_of
+from streamswav.transfer.weights.names import from_detectron2
 from streamswav.transfer.weights.report import Report
 from streamswav.transfer.weights.tensors import COUNTER, Tensors, fill, flatten, one_line, shapes_of, to_float
 

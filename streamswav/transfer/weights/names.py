@@ -1,4 +1,4 @@
-"""Names of tensors in the files that are exported, and what they are in detectron2.
+"""Names of tensors in the files of others, both ways: what exports write and `load_trunk` reads back.
 
     torchvision, timm     conv1.weight        layer1.0.bn2.bias          layer1.0.downsample.0.weight
     the published SwAV    module.conv1.weight module.layer1.0.bn2.bias   module.projection_head.3.weight
