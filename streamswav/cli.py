@@ -121,7 +121,9 @@ def _build_parser(command: str) -> Parser:
     for each in (pretrain, finetune, lowshot, cooldown):
         each.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
         each.set_defaults(takes_keys=True)
-    _add_command(commands, "launch", _launch, "start pretrain on several ranks, as a pod or on a workstation")
+    _add_command(
+        commands, "launch", _launch, "start a command on several ranks, as a pod or on a workstation"
+    )
     for name, (_, _, text) in _OF_MODULES.items():
         each = _add_command(commands, name, _run_module, text)
         each.epilog = "How storage is reached can be set by --storage.KEY, as for pretrain."

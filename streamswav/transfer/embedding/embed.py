@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from streamswav.config import Config
@@ -26,7 +27,7 @@ from streamswav.transfer.extraction.part_formats import LAYOUTS, Layout, check_l
 from streamswav.transfer.extraction.preprocessing import choose_preprocessing
 from streamswav.transfer.extraction.reading import ImageSource
 from streamswav.transfer.extraction.stretches import Stretch
-from streamswav.transfer.weights.trunks import TrunkInfo
+from streamswav.transfer.weights.trunks import TrunkInfo, open_alike
 
 QUARANTINE_FILE = "quarantined.jsonl"
 
@@ -164,17 +165,13 @@ def embed(
 
 def _open(checkpoint: str, wanted: Wanted, config: Config, ranks: Ranks) -> tuple[Embedder, TrunkInfo, str]:
     """Open the network on every rank, and make sure that it is the same one."""
-    held: list[tuple[Embedder, TrunkInfo]] = []
-
-    def load() -> str:
-        held.append(open_embedder(checkpoint, wanted, storage=config.storage))
-        return digest_module(held[0][0])
-
-    digests = ranks.each(load)
+    opening = partial(open_embedder, wanted=wanted, storage=config.storage)
+    embedder, info = open_alike(checkpoint, opening, ranks)
+    digests = ranks.gather(digest_module(embedder))
     if len(set(digests)) > 1:
-        reason = "the ranks read other weights: name one that all of them find, as RUN/checkpoints/step-*"
+        reason = "the ranks read other weights: put them where all of them find the same"
         raise ConfigError("--checkpoint", reason, value=checkpoint)
-    return *held[0], digests[0]
+    return embedder, info, digests[0]
 
 
 def _notes(info: TrunkInfo, settings: EmbedSettings) -> dict[str, Any]:

@@ -27,10 +27,10 @@ from streamswav.transfer.finetuning.mixing import Mixing
 from streamswav.transfer.finetuning.network import FinetuneNetwork, head_settings, parameter_groups
 from streamswav.transfer.finetuning.task import Finetuning, SupervisedLearner
 from streamswav.transfer.measuring.heads import HeadBank
+from streamswav.transfer.subsets.folder import CLASSES_FILE
 from streamswav.transfer.subsets.subset import SubsetRequest, draw_subset
 from streamswav.transfer.weights.trunks import TrunkInfo, open_trunk
 
-CLASSES_FILE = "classes.json"
 SUBSET_FOLDER = "subset"
 
 

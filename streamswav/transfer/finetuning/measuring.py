@@ -21,6 +21,7 @@ from streamswav.transfer.extraction.reading import default_workers
 from streamswav.transfer.finetuning.finetune import LabelledData
 from streamswav.transfer.finetuning.network import FinetuneNetwork, ScoreRows, head_settings
 from streamswav.transfer.measuring.intervals import Interval
+from streamswav.transfer.measuring.labelled_sets import describe_set
 from streamswav.transfer.measuring.precision import measure_precision
 from streamswav.transfer.measuring.results import DataUsed, Results, Value, measure_accuracy
 from streamswav.transfer.measuring.results_file import read_results
@@ -139,21 +140,21 @@ class Measuring:
                 device=ranks.device,
                 give_up=self._drain,
             )
+        used = describe_set(own, self._data.test_urls, self._store, self._config.labels, ranks)
         features = gather_features(own, ranks)
-        heads, used = ranks.lead(lambda: self._score(features))
+        heads = ranks.lead(lambda: self._score(features))
         measured = Measured(step, images, heads)
         if self._every:
             ranks.lead(lambda: self._keep(measured))
         return measured, used
 
-    def _score(self, features: Features | None) -> tuple[list[Scored], DataUsed]:
+    def _score(self, features: Features | None) -> list[Scored]:
         """Return what every head got right; on rank 0, which has all scores."""
         assert features is not None
         rows = features.features.view(len(features.keys), len(head_settings(self._config)), -1)
         measure = measure_precision if self._data.test.multi else measure_accuracy
         heads = [measure(scores, features.labels) for scores in rows.unbind(1)]
-        scored = [Scored(each.scores, each.intervals) for each in heads]
-        return scored, _used(features, self._data.test_urls)
+        return [Scored(each.scores, each.intervals) for each in heads]
 
     @property
     def _preprocessing(self) -> Preprocessing:
@@ -266,10 +267,3 @@ def _describe(config: Config, measured: Measured) -> dict[str, object]:
         "images": measured.images,
         "classes": config.labels.classes,
     }
-
-
-def _used(features: Features, urls: Sequence[str]) -> DataUsed:
-    shown = [redact(url) for url in urls]
-    labels = features.labels
-    classes = int(labels.any(dim=0).sum()) if labels.dim() > 1 else len(set(labels.tolist()))
-    return DataUsed(shown, len(features.keys), classes, features.skipped)

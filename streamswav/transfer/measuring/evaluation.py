@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -14,7 +15,7 @@ from streamswav.errors import DrainedError, NonFiniteError
 from streamswav.models import Trunk
 from streamswav.stream.labels import Labels, load_labels
 from streamswav.stream.manifest import list_manifest
-from streamswav.stream.store import Store, join, redact
+from streamswav.stream.store import Store, join
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.distributed import Ranks
 from streamswav.transfer.extraction.collected import Features
@@ -33,7 +34,7 @@ from streamswav.transfer.measuring.linear import LinearSettings, measure_linear
 from streamswav.transfer.measuring.protocols import knn_values, linear_values, svm_value
 from streamswav.transfer.measuring.results import Results, Value
 from streamswav.transfer.measuring.svm import SvmSettings, check_svm, measure_svm
-from streamswav.transfer.weights.trunks import TrunkInfo, open_trunk
+from streamswav.transfer.weights.trunks import TrunkInfo, open_alike, open_trunk
 
 PROTOCOLS = ("knn", "linear", "svm")
 
@@ -119,7 +120,7 @@ def evaluate(
     wanted = wanted or Wanted()
     if "svm" in wanted.protocols:
         check_svm()
-    trunk, info = _open(checkpoint, storage, ranks)
+    trunk, info = open_alike(checkpoint, partial(open_trunk, storage=storage), ranks)
     if reporter:
         reporter.event("weights", f"{info.url}: {info.report}", layout=info.layout)
     storage = info.config.storage.model_copy(update=storage.model_dump(exclude_unset=True))
@@ -288,21 +289,6 @@ class _Work:
         if multi or "svm" in wanted.protocols:
             seeds["bootstrap"] = 0
         return seeds
-
-
-def _open(checkpoint: str, storage: StorageSection, ranks: Ranks) -> tuple[Trunk, TrunkInfo]:
-    """Open the trunk that rank 0 finds: a run may save a newer one meanwhile."""
-    opened: list[tuple[Trunk, TrunkInfo]] = []
-
-    def open_it(path: str) -> str:
-        opened.append(open_trunk(path, storage=storage))
-        return opened[0][1].url
-
-    url = ranks.lead(lambda: open_it(checkpoint))
-    if ranks.world_size > 1:
-        path = checkpoint if url == redact(checkpoint) else url
-        ranks.each(lambda: None if ranks.leads else open_it(path))
-    return opened[0]
 
 
 def _describe(info: TrunkInfo, features: int) -> dict[str, object]:

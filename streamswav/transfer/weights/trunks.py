@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import yaml
@@ -24,6 +25,7 @@ from streamswav.errors import CheckpointError, ConfigError
 from streamswav.models import SwAVNetwork, Trunk, build_network, build_trunk
 from streamswav.stream.store import Store, join, redact
 from streamswav.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, unpack
+from streamswav.training.distributed import Ranks
 from streamswav.transfer.weights.architecture import Match, compare, find_architecture
 from streamswav.transfer.weights.facts import Facts, configure, images_seen, read_facts
 from streamswav.transfer.weights.files import is_file, read_tensors
@@ -38,6 +40,7 @@ CONFIG_FILE = "config.yaml"
 LIST_FILE = "checkpoint.json"
 
 Path = str | os.PathLike[str]
+Opened = TypeVar("Opened", bound=nn.Module)
 
 _NETWORK = "network."
 _OF_NETWORK = ("projection_head.", "prototypes.", "head.")
@@ -142,6 +145,32 @@ def open_network(path: Path, *, storage: StorageSection = _DEFAULT_STORAGE) -> t
     """
     weights = read_weights(path, storage=storage)
     return weights.build_network(), weights.info
+
+
+def open_alike(
+    checkpoint: str, open_it: Callable[[str], tuple[Opened, TrunkInfo]], ranks: Ranks
+) -> tuple[Opened, TrunkInfo]:
+    """Open on every rank the weights that rank 0 finds: a run may save newer ones meanwhile.
+
+    Args:
+        checkpoint: a path, as `load_trunk` has it.
+        open_it: opens one, as `open_trunk` does.
+        ranks: all call this alike.
+
+    Raises:
+        CheckpointError, StorageError: as `open_it`, on all ranks.
+    """
+    opened: list[tuple[Opened, TrunkInfo]] = []
+
+    def find(path: str) -> str:
+        opened.append(open_it(path))
+        return opened[0][1].url
+
+    url = ranks.lead(lambda: find(checkpoint))
+    if ranks.world_size > 1:
+        path = checkpoint if url == redact(checkpoint) else url
+        ranks.each(lambda: None if ranks.leads else find(path))
+    return opened[0]
 
 
 def read_weights(path: Path, *, storage: StorageSection = _DEFAULT_STORAGE) -> Weights:
