@@ -78,6 +78,7 @@ def test_it_learns_and_says_what_it_came_to(whole):
     assert best["scores"]["top1"] >= last["scores"]["top1"]
     assert last["intervals"]["top1"]["low"] < last["scores"]["top1"] <= last["intervals"]["top1"]["high"]
     assert found["data"]["test"]["images"] == 24
+    assert int(found["data"]["test"]["digest"], 16) > 0  # by which `compare` knows the same images
     assert f"{100 * last['scores']['top1']:.2f}" in outcome.err
     probes = outcome.of("probe")
     assert len(probes) == 2

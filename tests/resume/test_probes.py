@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from runs import Outcome, arguments, differences, free_port, run, start, start_ranks, state_of
 
-from streamswav.config import Config
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
 from streamswav.transfer.measuring.evaluation import Wanted, evaluate
 from streamswav.transfer.measuring.knn import KnnSettings
@@ -193,8 +192,13 @@ def test_sets_that_cannot_be_used_are_refused_before_the_first_step(
     assert not outcome.of("progress")
 
 
-def test_probes_have_no_say_in_whether_a_checkpoint_fits() -> None:
-    """They may be asked for, or no longer, when a run goes on."""
-    from streamswav.training.restore import describe_model  # noqa: PLC0415
-
-    assert "evaluation" not in json.dumps(describe_model(Config()))
+def test_probes_may_be_asked_for_no_longer_when_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+    given = command(data, tmp_path / "run", stream={"passes": 60})
+    with start(given, tmp_path) as running:
+        running.wait_until(lambda so_far: so_far.of("checkpoint"))
+        running.kill()
+    at = given.index("--evaluation.every")
+    outcome = run([*given[:at], *given[at + 2 :], "--training.images", "320"], tmp_path)
+    assert outcome.code == EXIT_DONE, outcome.err
+    assert outcome.of("resumed")
+    assert not outcome.of("probe")
