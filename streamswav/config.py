@@ -126,6 +126,7 @@ class StorageSection(Section):
         "", description="folder on a local disk that keeps blocks of remote shards; default: none"
     )
     cache_bytes: PositiveInt = Field(100 << 30, description="most bytes in that folder, of all processes")
+    cache_free_ratio: Ratio = Field(0.05, description="share of that folder's disk that stays free")
 
 
 class LoaderSection(Section):

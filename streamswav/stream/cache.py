@@ -27,7 +27,6 @@ from streamswav.config import StorageSection
 from streamswav.errors import ConfigError
 
 CHUNK_BYTES = 128 << 10
-FREE_RATIO = 0.05
 KEPT_RATIO = 0.9
 ORPHAN_SECONDS = 600.0
 TOUCH_SECONDS = 60.0
@@ -71,12 +70,14 @@ class BlockCache:
     Args:
         folder: where it lies; made where it is missing.
         limit: most bytes of all blocks together. Room is reserved under a lock before a block is written, so
-            that all processes together stay below it. A share of the disk stays free, too.
+            that all processes together stay below it.
+        free_ratio: share of the disk that stays free.
         endpoint: of the store; the same URL is another object elsewhere.
     """
 
-    def __init__(self, folder: Path, limit: int, *, endpoint: str = "") -> None:
+    def __init__(self, folder: Path, limit: int, *, free_ratio: float, endpoint: str = "") -> None:
         self._root, self._limit, self._endpoint = folder / "v1", limit, endpoint
+        self._free_ratio = free_ratio
         self._paused_until = 0.0
         self._warned = False
 
@@ -175,7 +176,7 @@ class BlockCache:
     def _room(self, used: int) -> int:
         """Return how many bytes the cache may have, of which it has `used`."""
         disk = os.statvfs(self._root)
-        spare = disk.f_bavail * disk.f_frsize - int(FREE_RATIO * disk.f_blocks * disk.f_frsize)
+        spare = disk.f_bavail * disk.f_frsize - int(self._free_ratio * disk.f_blocks * disk.f_frsize)
         return min(self._limit, used + spare)
 
     def _sweep(self, wanted: int) -> int:
@@ -215,7 +216,12 @@ def open_cache(section: StorageSection) -> BlockCache | None:
     if not section.cache:
         return None
     folder = Path(section.cache.removeprefix("file://"))
-    return BlockCache(folder, section.cache_bytes, endpoint=section.endpoint_url or "")
+    return BlockCache(
+        folder,
+        section.cache_bytes,
+        free_ratio=section.cache_free_ratio,
+        endpoint=section.endpoint_url or "",
+    )
 
 
 def check_cache(section: StorageSection) -> None:

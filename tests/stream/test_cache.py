@@ -33,6 +33,11 @@ def object_of(cache, name="x", *, version="v1", size=10 * BLOCK, block=BLOCK):
     return cache.of(f"s3://bucket/{name}", version, size=size, block=block)
 
 
+def open_cache(folder, limit, **options):
+    """A cache on a disk that may be nearly full already."""
+    return BlockCache(folder, limit, **{"free_ratio": 0, **options})
+
+
 def content(number, length=BLOCK):
     return (number.to_bytes(4, "little") * (length // 4 + 1))[:length]
 
@@ -61,7 +66,9 @@ def shards(s3, make_shards):
     make_shards(folder / "all", counts=[12, 5, 9])
 
     def storage(cache, **section):
-        return s3.section.model_copy(update={"cache": str(cache), "block_bytes": BLOCK} | section)
+        return s3.section.model_copy(
+            update={"cache": str(cache), "cache_free_ratio": 0, "block_bytes": BLOCK} | section
+        )
 
     return f"{bucket}/all/", folder / "all", storage
 
@@ -128,7 +135,7 @@ def test_a_shard_that_was_replaced_is_never_served_from_the_cache(shards, tmp_pa
 
 
 def test_the_same_url_at_another_endpoint_is_another_object(tmp_path):
-    here, there = (BlockCache(tmp_path, 1 << 20, endpoint=endpoint) for endpoint in ("http://a", "http://b"))
+    here, there = (open_cache(tmp_path, 1 << 20, endpoint=endpoint) for endpoint in ("http://a", "http://b"))
     here.write(object_of(here), 0, content(1))
     assert here.read(object_of(here), 0, BLOCK) == content(1)
     assert there.read(object_of(there), 0, BLOCK) is None
@@ -141,12 +148,12 @@ def test_local_shards_and_those_without_a_version_are_not_kept(make_shards, tmp_
     section = StorageSection(cache=str(tmp_path / "cache"))
     read_all([str(tmp_path / "all")], section)
     assert disk_bytes(tmp_path / "cache") == 0
-    assert BlockCache(tmp_path, 1 << 20).of("s3://bucket/x", "", size=1, block=1) is None
+    assert open_cache(tmp_path, 1 << 20).of("s3://bucket/x", "", size=1, block=1) is None
 
 
 @pytest.mark.parametrize("length", [1, CHUNK_BYTES - 1, CHUNK_BYTES, 3 * CHUNK_BYTES + 5])
 def test_any_stretch_of_what_is_kept_is_given_exactly(tmp_path, length):
-    cache = BlockCache(tmp_path, 64 << 20)
+    cache = open_cache(tmp_path, 64 << 20)
     size = 2 * length + length // 2
     blocks, data = object_of(cache, size=size, block=length), os.urandom(size)
     for start in range(0, size, length):
@@ -170,7 +177,7 @@ def test_any_stretch_of_what_is_kept_is_given_exactly(tmp_path, length):
     ],
 )
 def test_a_damaged_block_is_removed_and_not_served(tmp_path, damage):
-    cache = BlockCache(tmp_path, 1 << 20)
+    cache = open_cache(tmp_path, 1 << 20)
     blocks = object_of(cache)
     for number in (0, 1):
         cache.write(blocks, number * BLOCK, content(number + 1))
@@ -185,7 +192,7 @@ def test_a_damaged_block_is_removed_and_not_served(tmp_path, damage):
 
 def test_the_least_recently_used_go_when_room_is_short(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "TOUCH_SECONDS", -1.0)
-    cache = BlockCache(tmp_path, 10 * (BLOCK + 4))
+    cache = open_cache(tmp_path, 10 * (BLOCK + 4))
     blocks = object_of(cache, size=100 * BLOCK)
     for number in range(10):
         cache.write(blocks, number * BLOCK, content(number))
@@ -200,7 +207,7 @@ def test_the_least_recently_used_go_when_room_is_short(tmp_path, monkeypatch):
 
 def fill(folder: Path, limit: int, process: int, count: int) -> None:
     """Write blocks that all processes share in part, read others, and check every byte that comes."""
-    cache = BlockCache(folder, limit)
+    cache = open_cache(folder, limit)
     blocks = object_of(cache, size=1000 * BLOCK)
 
     def turn(step: int) -> None:
@@ -243,7 +250,7 @@ def kill_writers(folder: Path) -> None:
     """Kill one writer after the other while it is at it."""
     for round_ in range(5):
         if not (writer := os.fork()):
-            cache = BlockCache(folder, 1 << 30)
+            cache = open_cache(folder, 1 << 30)
             blocks = object_of(cache, size=1 << 30, block=1 << 20)
             while True:
                 for number in range(50):
@@ -258,7 +265,7 @@ def test_a_writer_that_is_killed_leaves_nothing_torn_and_no_lock(tmp_path):
     process = start(kill_writers, tmp_path)
     process.join()
     assert process.exitcode == 0
-    cache = BlockCache(tmp_path, 1 << 30)
+    cache = open_cache(tmp_path, 1 << 30)
     blocks = object_of(cache, size=1 << 30, block=1 << 20)
     found = [cache.read(blocks, number << 20, (number + 1) << 20) for number in range(50)]
     assert sum(block is not None for block in found) >= 25
@@ -291,9 +298,8 @@ def test_a_full_disk_ends_caching_with_one_warning_and_nothing_else(shards, tmp_
     ]
 
 
-def test_a_disk_that_others_filled_keeps_its_last_share(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cache_module, "FREE_RATIO", 1.0)
-    cache = BlockCache(tmp_path, 1 << 30)
+def test_a_disk_that_others_filled_keeps_its_last_share(tmp_path, caplog):
+    cache = open_cache(tmp_path, 1 << 30, free_ratio=1)
     cache.write(object_of(cache), 0, content(0))
     cache.write(object_of(cache), BLOCK, content(0))
     assert disk_bytes(tmp_path) == 0
@@ -302,7 +308,7 @@ def test_a_disk_that_others_filled_keeps_its_last_share(tmp_path, monkeypatch, c
 
 
 def test_a_cache_that_is_deleted_while_it_is_used_begins_anew(tmp_path):
-    cache = BlockCache(tmp_path / "cache", 1 << 20)
+    cache = open_cache(tmp_path / "cache", 1 << 20)
     cache.write(object_of(cache), 0, content(0))
     (tmp_path / "cache").rename(tmp_path / "gone")
     assert cache.read(object_of(cache), 0, BLOCK) is None
@@ -325,7 +331,7 @@ def test_a_run_of_two_passes_fetches_shards_once_and_counts_what_the_cache_gave(
     url, folder, _ = shards
     metrics = Metrics()
     monkeypatch.setattr(training_run, "Metrics", lambda: metrics)
-    storage = {"cache": tmp_path / "cache", "block_bytes": BLOCK}
+    storage = {"cache": tmp_path / "cache", "cache_free_ratio": 0, "block_bytes": BLOCK}
     code = cli.main(
         arguments(
             run={"directory": tmp_path / "run"},
