@@ -10,7 +10,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,10 @@ from streamswav.config import Config, dump_config, load_config
 from streamswav.defaults import FINETUNE_BASE
 from streamswav.drain import drain_on_signals
 from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
-from streamswav.heartbeat import FOLDER_VARIABLE, attach
+from streamswav.heartbeat import AGENT, FOLDER_VARIABLE, METRICS_VARIABLE, attach
 
 _INTERRUPTED = 130
+_WITH_METRICS = ("pretrain", "cooldown", "finetune", "lowshot", "launch")
 _WITH_RANKS = ("pretrain", "cooldown", "finetune", "embed", "knn", "linear", "svm", "evaluate")
 
 _OF_MODULES = {
@@ -309,19 +313,47 @@ def _schema(_: argparse.Namespace) -> None:
     sys.stdout.write(json.dumps(Config.model_json_schema(), indent=1) + "\n")
 
 
-def enter() -> int:
+def enter(argv: Sequence[str] | None = None) -> int:
     """Run one command as a process of its own: what the installed script does.
 
     A rank leaves without taking torch down: gloo's threads live on after the process group is destroyed, and
-    may abort the process while C++ clears up, long after all is saved.
+    may abort the process while C++ clears up, long after all is saved. A launcher whose agent waits for other
+    nodes, in C, would meet an interpreter that is half gone.
     """
-    code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with _metrics_shared(argv):
+        code = main(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(
+        each.name == AGENT for each in threading.enumerate()
+    ):
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+@contextmanager
+def _metrics_shared(argv: Sequence[str]) -> Iterator[None]:
+    """Give the processes of a run a folder for their metrics, unless the launcher or the user has.
+
+    Of a user's folder what processes of this program left behind is removed; whose process lives stays.
+    """
+    given = os.environ.get(METRICS_VARIABLE)
+    if "".join(argv[:1]) not in _WITH_METRICS or (given and os.environ.get(FOLDER_VARIABLE)):
+        yield
+        return
+    from streamswav.telemetry.multiprocess import forget_dead  # noqa: PLC0415
+
+    if given:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        if _local_rank() == 0:
+            forget_dead(Path(given), counts=True)
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="streamswav-metrics-", ignore_cleanup_errors=True) as folder:
+        os.environ[METRICS_VARIABLE] = folder
+        yield
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+AGENT = "agent"  # name of the launcher's thread that waits for ranks and nodes
 FOLDER_VARIABLE = "STREAMSWAV_GANG_FOLDER"
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name
 STACKS_SIGNAL = signal.SIGUSR1
 
 _FORMAT = struct.Struct("=dd16s")

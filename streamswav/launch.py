@@ -26,9 +26,9 @@ from streamswav.errors import (
     StreamswavError,
 )
 from streamswav.gang import Gang, Stop, say
+from streamswav.heartbeat import AGENT
 from streamswav.launch_options import LaunchOptions, parse_launch
 
-_AGENT = "agent"
 _LOOK_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 10.0
 _STOPPED = "stopped by a signal before the ranks were started: the same command begins again"
@@ -64,12 +64,7 @@ def launch(
         except StreamswavError as error:
             say(str(error))
             code = error.exit_code
-    code = options.retry_code if code == EXIT_RETRY else code
-    if any(thread.name == _AGENT for thread in threading.enumerate()):
-        # It still waits for other nodes, in C, and would meet an interpreter that is half gone.
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return options.retry_code if code == EXIT_RETRY else code
 
 
 def _run(options: LaunchOptions, command: Sequence[str], environment: Mapping[str, str], stop: Stop) -> int:
@@ -105,7 +100,7 @@ def _run_gang(gang: Gang, stop: Stop) -> int:
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run, name=_AGENT, daemon=True)
+    thread = threading.Thread(target=run, name=AGENT, daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(_LOOK_SECONDS)

@@ -23,6 +23,7 @@ from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader, Sample, SampleId, pass_over
 from streamswav.stream.select import Selection
 from streamswav.stream.tar import TarSample
+from streamswav.telemetry.families import WORKER_STATES
 
 HOPELESS = 10_000
 UNLABELLED = ("no_label", "other_split")
@@ -45,7 +46,7 @@ class Batch:
         trained: tallies of the samples by source.
         quarantined: what could not be used on the way.
         passed: what was excluded or filtered on the way.
-        seconds: time spent by stage (fetch, parse, decode, collate).
+        seconds: time spent by stage (fetch, parse, decode, crop, collate).
         traffic: (outcome, bytes received) of the storage requests made meanwhile.
         labels: class numbers, int64 [B], or of several labels an image 0 and 1, float32 [B, C]; None: no
             labels are read.
@@ -132,12 +133,19 @@ class LaneBatches(IterableDataset[Item]):
         try:
             self.reader.share_among(len(rows) * len(self.columns), self.plan.grid.window)
             for number in itertools.count(self.first + mine, step):
+                self._tell(busy=True)
                 item = self._assemble(number)
+                self._tell(busy=False)
                 yield item
                 if isinstance(item, Exhausted):
                     return
         except StreamswavError as error:
             yield Failed(error)
+
+    def _tell(self, *, busy: bool) -> None:
+        """Tell what this loader process does; a rank that reads for itself is none."""
+        if get_worker_info() is not None:
+            self.reader.metrics.choose("dataloader_workers", "busy" if busy else "waiting", WORKER_STATES)
 
     def _assemble(self, number: int) -> Batch | Exhausted:
         """Fill every column's share of one batch."""
@@ -156,8 +164,16 @@ class LaneBatches(IterableDataset[Item]):
         started = time.perf_counter()
         pixels, parameters = collate(share.crops)
         now, fetching = time.perf_counter(), self.reader.fetch_seconds - fetched
-        parsing = started - began - share.decoding - fetching
-        seconds = {"fetch": fetching, "parse": parsing, "decode": share.decoding, "collate": now - started}
+        parsing = started - began - share.decoding - share.cropping - fetching
+        seconds = {
+            "fetch": fetching,
+            "parse": max(0.0, parsing),
+            "decode": share.decoding,
+            "crop": share.cropping,
+            "collate": now - started,
+        }
+        for stage, spent in seconds.items():
+            self.reader.metrics.add("stage_seconds_total", spent, stage)
         return Batch(
             number=number,
             pixels=pixels,
@@ -200,11 +216,13 @@ class LaneBatches(IterableDataset[Item]):
             return pass_over(sample.id, sample, label.outcome, label.reason)
         started = time.perf_counter()
         try:
-            return self._crop(sample), label
+            crops = self._crop(sample)
         except DecodeError as error:
-            return pass_over(sample.id, sample, "quarantined", error.reason)
-        finally:
             share.decoding += time.perf_counter() - started
+            return pass_over(sample.id, sample, "quarantined", error.reason)
+        share.decoding += crops.decode_seconds
+        share.cropping += time.perf_counter() - started - crops.decode_seconds
+        return crops, label
 
     def sift(self) -> list[PassedOver]:
         """Return what a batch would pass over of all that the plan's only lane holds; nothing is kept."""
@@ -298,10 +316,11 @@ def _stack(labels: Sequence[Label], among: Labels) -> torch.Tensor:
 
 @dataclass
 class _Share:
-    """A rank's share of a batch while it is filled, and the seconds spent decoding."""
+    """A rank's share of a batch while it is filled, and the seconds spent on decoding and on crops."""
 
     taken: list[Sample] = field(default_factory=list)
     crops: list[Crops] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     passed_over: list[PassedOver] = field(default_factory=list)
     decoding: float = 0.0
+    cropping: float = 0.0

@@ -184,7 +184,7 @@ class Script:
 
 
 class Fork:
-    """`main` in a process that is forked from one that has imported torch; the rest is as in the script."""
+    """`enter` in a process that is forked from one that has imported torch; the rest is as in the script."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class Fork:
 def _main(
     arguments: list[str], output: tuple[Path, Path], environments: list[dict[str, str]], spares: int
 ) -> None:
-    """Call `main`; with several environments, in a process for each."""
+    """Call `enter`; with several environments, in a process for each."""
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which commands respect
     for number, path in enumerate(output, 1):
@@ -222,7 +222,7 @@ def _main(
         gang.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
             Popen=lambda *given, **named: waiting.pop(0).become(*given, **named), DEVNULL=subprocess.DEVNULL
         )
-    sys.exit(cli.main(arguments))
+    sys.exit(cli.enter(arguments))
 
 
 class Spare:
@@ -254,7 +254,7 @@ class Spare:
         told = json.loads(given)
         os.environ.clear()
         os.environ.update(told["environment"])
-        sys.exit(cli.main(told["arguments"]))
+        sys.exit(cli.enter(told["arguments"]))
 
     def become(self, command: Sequence[str], *, env: Mapping[str, str], **_: object) -> Spare:
         """Start the rank, and return once its session is its own."""
@@ -271,7 +271,7 @@ def _fork(arguments: list[str], environment: dict[str, str]) -> int:
     if pid := os.fork():
         return pid
     os.environ.update(environment)
-    sys.exit(cli.main(arguments))
+    sys.exit(cli.enter(arguments))
 
 
 def start(
@@ -282,7 +282,7 @@ def start(
     environment: Mapping[str, str] = EMPTY,
     terminal: Path | None = None,
 ) -> Running:
-    """Start `streamswav`: the installed script, or seconds faster its `main` in a forked process.
+    """Start `streamswav`: the installed script, or seconds faster its `enter` in a forked process.
 
     What it says goes to files in `folder`, or to a terminal, which the caller reads.
     """

@@ -63,7 +63,7 @@ def _resolve(config: Config, facts: Facts, ranks: Ranks) -> tuple[Config, list[C
 
 def _build_task(run: Run, config: Config, pace: Pace, initial: Initial) -> Task:
     prototypes = known(config.swav.prototypes)
-    run.metrics.prototypes.set(prototypes)
+    run.metrics.set("prototypes", prototypes)
     learner = build_learner(config, run.ranks)
     initial.give(learner.module, run)
     return Pretraining(

@@ -162,7 +162,7 @@ def mirror_of(run: Run) -> Mirror | None:
         return None
 
     def tell(error: StreamswavError | None) -> None:
-        metrics.checkpoint_copies.labels("failed" if error else "ok").inc()
+        metrics.add("checkpoint_copies_total", 1, "failed" if error else "ok")
         if error:
             run.reporter.event("warning", f"the copy in {redact(target)} is behind: {error}")
 

@@ -20,11 +20,10 @@ from streamswav.loader import Batch
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store, redact
+from streamswav.telemetry.families import STAGES
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, Hooks
 from streamswav.training.stream_loader import open_feed, resolve_stream
-
-STAGES = ("fetch", "parse", "decode", "collate")
 
 _BUSY = 0.85
 _NOT_USED = ("quarantined", "excluded", "filtered")
@@ -282,6 +281,7 @@ def name_limit(report: Report, config: Config) -> str:
     names = {
         "parse": "reading tars and conditions",
         "decode": "decoding",
+        "crop": "cutting and resizing crops",
         "collate": "stacking crops to batches",
     }
     return f"limited by {names[stage]}: {remedy}; it takes {share}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from contextlib import ExitStack, closing
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
@@ -29,17 +30,22 @@ from streamswav.drain import Drain
 from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
 from streamswav.planning import trunk_parameters
 from streamswav.stream.store import Store, join, redact
-from streamswav.telemetry.exporter import serve_metrics
+from streamswav.telemetry.exporter import Source, serve
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
+from streamswav.telemetry.status import Status
 from streamswav.training.distributed import (
     Ranks,
     compute_repeatably,
     join_ranks,
     leader_tells,
+    own_attempt,
+    own_commit,
     own_cores,
+    own_folder,
     own_heartbeat,
     own_rank,
+    own_role,
 )
 from streamswav.training.feed import Feed, Hooks
 from streamswav.training.feeding import begun_grid, build_feed
@@ -72,23 +78,33 @@ def run_training(config: Config, drain: Drain, program: Program) -> dict[str, An
         StreamswavError: as the configuration, the data or the store deserve.
     """
     refuse_incomplete(config)
-    metrics = Metrics()
+    metrics, status = Metrics(own_role()), Status(own_folder() if own_rank() == 0 else None)
     with ExitStack() as stack:
         watchdog = stack.enter_context(watch(config.watchdog, own_heartbeat(), rank=own_rank()))
         ranks = stack.enter_context(join_ranks(config.training.device))
         stack.enter_context(leader_tells(ranks))
         try:
-            section = config.telemetry
-            ranks.lead(
-                lambda: stack.enter_context(serve_metrics(metrics, port=section.port, bind=section.bind))
-            )
+            ranks.lead(lambda: stack.enter_context(_serve(config, metrics, status)))
             reporter = stack.enter_context(closing(Reporter(silent=not ranks.leads)))
             with hold_lease(config, ranks, reporter) as lease:
                 run = _prepare(config, ranks, metrics, reporter, lease=lease, program=program)
-                return _train(run, program, drain, watchdog)
+                return _train(run, program, drain, watchdog, status)
         except StreamswavError as error:
-            metrics.set_state("draining" if isinstance(error, DrainedError) else "failed")
+            state = "draining" if isinstance(error, DrainedError) else "failed"
+            metrics.set_state(state)
+            status.update(state=state)
             raise
+
+
+@contextmanager
+def _serve(config: Config, metrics: Metrics, status: Status) -> Iterator[None]:
+    """Serve the endpoint, unless there is a launcher, which does."""
+    if own_folder() is not None:
+        yield
+        return
+    source, section = Source(metrics, status=status.read), config.telemetry
+    with serve(source, port=section.port, bind=section.bind):
+        yield
 
 
 def refuse_incomplete(config: Config) -> None:
@@ -114,7 +130,7 @@ def _prepare(
 ) -> Run:
     """List the shards, choose what was left open, and say so."""
     _set_up_torch(config, ranks)
-    store = Store(config.storage)
+    store = Store(config.storage, on_request=metrics.count_request)
     begun = ranks.lead(lambda: read_begun(config, store))
     config = program.prepare(config, Start(begun, ranks, store, reporter))
     manifest = ranks.lead(lambda: freeze_manifest(config, store, reporter, begun=begun is not None))
@@ -160,7 +176,7 @@ def _set_up_torch(config: Config, ranks: Ranks) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog) -> dict[str, Any]:
+def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog, status: Status) -> dict[str, Any]:
     """Go on from the newest checkpoint, or begin; the summary is rank 0's, empty on others."""
     config, ranks, reporter = run.config, run.ranks, run.reporter
     folder = checkpoints_of(config, run.store, lambda text: reporter.event("warning", text), lease=run.lease)
@@ -169,11 +185,15 @@ def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog) -> dict
     if restored:
         saver.resume_from(restored)
     log_seconds = config.telemetry.log_seconds
-    monitor = Monitor(run.metrics, reporter, ranks, log_seconds=log_seconds, watchdog=watchdog)
+    monitor = Monitor(run.metrics, reporter, ranks, log_seconds=log_seconds, watchdog=watchdog, status=status)
     saver.listener = monitor
     monitor.describe(run.manifest, _about(config, ranks))
-    run.metrics.checkpoint_interval.set(60 * (config.checkpoint.minutes or math.inf))
+    status.update(
+        run={"directory": redact(config.run.directory), **_about(config, ranks)}, versions=_versions()
+    )
+    run.metrics.set("checkpoint_interval_seconds", 60 * (config.checkpoint.minutes or math.inf))
     trainer, feed, task = _build_trainer(run, program, saver, monitor, restored, drain=drain)
+    task.learner.clock = monitor.clock
     loss_first = restored.loss_first if restored else None
     del restored  # it holds a model and an optimizer
     if trainer.done:
@@ -182,7 +202,7 @@ def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog) -> dict
         place = join(config.run.directory, "config.yaml")
         ranks.lead(lambda: run.store.write(place, dump_config(without_secrets(config)).encode()))
         drain.patient = True
-        monitor.begin(images=feed.seen, loss_first=loss_first)
+        monitor.begin(step=trainer.step, images=feed.seen, loss_first=loss_first)
         try:
             trainer.train()
         except Exception:  # also what gloo says of lost peers: what was staged is whole
@@ -191,7 +211,7 @@ def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog) -> dict
             raise
     with watchdog.within("evaluation"):
         more = program.finish(run, task, trainer.step, feed.position.trained)
-    run.metrics.set_state("done")
+    monitor.done()
     summary = ranks.lead(lambda: summarise(run, trainer, feed, monitor, saver, more=more))
     with watchdog.within("checkpoint"):
         saver.close()
@@ -241,6 +261,7 @@ def _build_trainer(
             on_idle=lambda idle: trainer.idle(idle),  # noqa: PLW0108 - it is built from this feed
             on_grown=monitor.grown,
         ),
+        metrics=run.metrics,
     )
     trainer = Trainer(
         task=task,
@@ -258,4 +279,14 @@ def _build_trainer(
 
 def _about(config: Config, ranks: Ranks) -> dict[str, str]:
     digest = hashlib.blake2b(dump_config(config).encode(), digest_size=6).hexdigest()
-    return {"version": __version__, "world_size": str(ranks.world_size), "config_hash": digest}
+    return {
+        "attempt": str(own_attempt()),
+        "version": __version__,
+        "git_sha": own_commit(),
+        "world_size": str(ranks.world_size),
+        "config_hash": digest,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"streamswav": __version__, "torch": torch.__version__, "python": platform.python_version()}

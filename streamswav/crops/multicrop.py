@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ class Crops:
     """A resolution each: uint8 [count, S, S, 3]."""
     parameters: Tensor
     """float32 [crops, len(Column)], in the order of the resolutions."""
+    decode_seconds: float = field(default=0.0, compare=False)
+    """How long the image took to decode."""
 
 
 class MultiCrop:
@@ -52,14 +55,16 @@ class MultiCrop:
         height, width = image_size(image, exif_orientation=section.exif_orientation)
         for_boxes, for_augmentation = self._uniforms(key)
         boxes = draw_boxes(for_boxes, height=height, width=width, scales=self._scales, aspect=section.aspect)
+        began = time.perf_counter()
         pixels = decode(
             image,
             max_pixels=section.max_pixels,
             scale=decoding_scale(boxes, self._sizes),
             exif_orientation=section.exif_orientation,
         )
+        seconds = time.perf_counter() - began
         crops = self._cut(pixels, _rescale(boxes, (height, width), pixels.shape[:2]))
-        return Crops(crops, torch.from_numpy(self._law.draw(for_augmentation)))
+        return Crops(crops, torch.from_numpy(self._law.draw(for_augmentation)), seconds)
 
     def _uniforms(self, key: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         draws = BOX_DRAWS + PARAMETER_DRAWS

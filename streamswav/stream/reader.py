@@ -11,15 +11,16 @@ from dataclasses import replace
 from typing import TypeVar
 
 from streamswav.config import LoaderSection, StorageSection, StreamSection
-from streamswav.errors import ChangedError, NotFoundError
+from streamswav.errors import ChangedError, NotFoundError, StorageError
 from streamswav.stream.cache import check_cache, open_cache
-from streamswav.stream.cached import CachedReads
+from streamswav.stream.cached import CACHE_OUTCOMES, CachedReads
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.memory import Answer, Shelf, share_memory
 from streamswav.stream.pieces import Piece
 from streamswav.stream.redaction import newest_version
 from streamswav.stream.store import Store
 from streamswav.stream.tar import Damage, TarSample, read_samples
+from streamswav.telemetry.metrics import Metrics, Role
 
 _REQUESTS = LoaderSection().requests
 _MEMORY = StreamSection().memory
@@ -29,6 +30,7 @@ Fetched = TypeVar("Fetched")
 Items = Iterator[TarSample | Damage]
 Parse = Callable[[int, int, int], "tuple[_Blocks, Items]"]
 Lost = Callable[[int, str, NotFoundError | ChangedError], str | None]
+OnOpened = Callable[[str], None]
 
 
 class ShardReader:
@@ -47,11 +49,13 @@ class ShardReader:
         memory: bytes of blocks and windows of one process; where lanes are many, both shrink to it.
         lanes: that will stay open in a process.
         window: samples of a window.
+        metrics: count requests, bytes and opened shards; in another process it is that one's own which do.
         crossed: it comes from another process, which has looked whether the cache can be used.
 
     Attributes:
         manifest: the shards; it may grow.
         shelf: where the windows of this process put their samples.
+        metrics: what it counts in.
         fetch_seconds: time that the reading thread waited for bytes.
 
     Raises:
@@ -69,10 +73,12 @@ class ShardReader:
         memory: int = _MEMORY,
         lanes: int = 1,
         window: int = _WINDOW,
+        metrics: Metrics | None = None,
         crossed: bool = False,
     ) -> None:
         self.manifest, self._storage = manifest, storage
         self._read_ahead, self._requests, self._memory = read_ahead, requests, memory
+        self.metrics = metrics or Metrics(Role.NONE)
         self._source: _Source | None = None
         self._begun: dict[tuple[int, int], list[_Blocks]] = {}
         self._traffic: deque[tuple[str, int]] = deque()
@@ -84,7 +90,7 @@ class ShardReader:
     def __reduce__(self) -> tuple[Callable[..., ShardReader], tuple[object, ...]]:
         limits = {"read_ahead": self._read_ahead, "requests": self._requests, "memory": self._memory}
         limits |= {"lanes": self._lanes, "window": self._window}
-        return _make_reader, (self.manifest, self._storage, limits)
+        return _make_reader, (self.manifest, self._storage, limits, self.metrics)
 
     @property
     def block(self) -> int:
@@ -143,7 +149,8 @@ class ShardReader:
         Raises:
             StorageError: while it is iterated over: the shard is out of reach until the deadline.
         """
-        return _Parsed(self._parse, self._connect().lost, piece, self.manifest.shards[piece.shard].size)
+        size = self.manifest.shards[piece.shard].size
+        return _Parsed(self._parse, self._connect().lost, piece, size, self._opened)
 
     def _parse(self, shard: int, start: int, ordinal: int) -> tuple[_Blocks, Items]:
         """Begin to read a shard from a sample's start on."""
@@ -183,8 +190,15 @@ class ShardReader:
         finally:
             self.fetch_seconds += time.perf_counter() - began
 
-    def _record(self, outcome: str, _: float = 0.0, received: int = 0) -> None:
+    def _record(self, outcome: str, seconds: float = 0.0, received: int = 0) -> None:
         self._traffic.append((outcome, received))
+        if outcome in CACHE_OUTCOMES:
+            self.metrics.add("cache_reads_total", 1, outcome.removeprefix("cache_"))
+        else:
+            self.metrics.count_request(outcome, seconds, received)
+
+    def _opened(self, outcome: str) -> None:
+        self.metrics.add("shard_opens_total", 1, outcome)
 
 
 class _Source:
@@ -241,8 +255,8 @@ class _Source:
 class _Parsed:
     """Samples and damages of a piece's shard. It holds none of them once it is given."""
 
-    def __init__(self, parse: Parse, lost: Lost, piece: Piece, size: int) -> None:
-        self._parse, self._lost = parse, lost
+    def __init__(self, parse: Parse, lost: Lost, piece: Piece, size: int, on_opened: OnOpened) -> None:
+        self._parse, self._lost, self._on_opened, self._open = parse, lost, on_opened, False
         self._shard, self._at, self._ordinal, self._size = piece.shard, piece.offset, piece.ordinal, size
         self._items: Items
         self._blocks, self._items = parse(piece.shard, piece.offset, piece.ordinal)
@@ -256,10 +270,17 @@ class _Parsed:
                 item = next(self._items)
             except (NotFoundError, ChangedError) as error:
                 if reason := self._lost(self._shard, self._blocks.version, error):
-                    self._items = iter(())
+                    self._items, self._open = iter(()), True
+                    self._on_opened(reason.removesuffix("_shard"))
                     return Damage(reason, self._at, self._size)
                 self._blocks, self._items = self._parse(self._shard, self._at, self._ordinal)
+            except StorageError:
+                self._on_opened("error")
+                raise
             else:
+                if not self._open:
+                    self._open = True
+                    self._on_opened("ok")
                 self._at = item.stop
                 self._ordinal += isinstance(item, TarSample)
                 return item
@@ -289,5 +310,7 @@ class _Blocks:
             self._waiting.append(self._fetch(offset))
 
 
-def _make_reader(manifest: Manifest, storage: StorageSection, limits: dict[str, int]) -> ShardReader:
-    return ShardReader(manifest, storage, **limits, crossed=True)
+def _make_reader(
+    manifest: Manifest, storage: StorageSection, limits: dict[str, int], metrics: Metrics
+) -> ShardReader:
+    return ShardReader(manifest, storage, **limits, metrics=metrics, crossed=True)

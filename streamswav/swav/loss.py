@@ -120,11 +120,15 @@ class SwAVLoss:
             prototypes: [K, D], by which the queue is scored anew.
             queue: past embeddings that take part in the assignment; None while there are none.
         """
-        codes = self._codes(scores.detach(), prototypes.detach(), queue)
-        loss = swapped_prediction_loss(scores, codes, assigned=self.assigned, temperature=self.temperature)
-        return LossResult(loss, codes)
+        codes = self.codes(scores.detach(), prototypes.detach(), queue)
+        return LossResult(self.loss(scores, codes), codes)
 
-    def _codes(self, scores: Tensor, prototypes: Tensor, queue: FeatureQueue | None) -> Tensor:
+    def loss(self, scores: Tensor, codes: Tensor) -> Tensor:
+        """Return the loss of scores [N, B, K], with gradient, for given codes [A, B, K]."""
+        return swapped_prediction_loss(scores, codes, assigned=self.assigned, temperature=self.temperature)
+
+    def codes(self, scores: Tensor, prototypes: Tensor, queue: FeatureQueue | None = None) -> Tensor:
+        """Return the codes [A, B, K] of a batch, without gradient; arguments as of the whole."""
         candidates = torch.stack(
             [scores[crop] for crop in self.assigned]
         )  # a list as index would be sent over

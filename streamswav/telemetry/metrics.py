@@ -1,135 +1,150 @@
-"""Every Prometheus family of streamswav, declared once. Names and labels follow Prometheus' conventions.
+"""The values of the families, of one process.
 
-A registry is passed in, so that tests and several runs in one process do not meet. Every known label value
-is exported as 0 from the start; timestamps hold the start of the process until their event.
+A process sets what it knows: its role says which families are its to feed, and what it says of others goes
+nowhere. So no value of the run is counted twice, and no pod exports a false 0.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from itertools import product
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-PREFIX = "streamswav"
-RUN_STATES = ("init", "training", "waiting", "evaluating", "checkpoint", "draining", "done", "failed")
-PHASES = ("data_wait", "h2d", "forward_backward", "checkpoint", "evaluation", "other")
-STAGES = ("fetch", "parse", "decode", "collate")
-SAMPLE_OUTCOMES = ("trained", "excluded", "filtered", "quarantined", "skipped_step")
-REQUEST_OUTCOMES = ("ok", "throttled", "error", "timeout")
-_CHECKPOINT_BUCKETS = tuple(0.01 * 2.0**i for i in range(18))
-_STEP_BUCKETS = tuple(0.05 * 1.5**i for i in range(15))
+from streamswav.telemetry.families import FAMILIES, PREFIX, RUN_STATES, Family, Feeder
+from streamswav.telemetry.multiprocess import share_values
+
+
+class Role(Enum):
+    """What a process is; the value: the families that it feeds, by who knows them."""
+
+    ALONE = ("leader", "state", "rank", "reader", "pod")
+    LEADER = ("leader", "state", "rank", "reader")
+    RANK = ("rank", "reader")
+    LOADER = ("reader",)
+    LAUNCHER = ("pod",)
+    FIRST_LAUNCHER = ("pod", "state")
+    NONE = ()
 
 
 class Metrics:
-    """The families, as attributes named like the metric without its prefix and unit of counting."""
+    """The families that a process feeds.
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self.registry = registry or CollectorRegistry()
-        self.run_info = Info(
-            f"{PREFIX}_run", "What runs: version, world size, configuration", registry=self.registry
-        )
-        self.run_state = self._gauge("run_state", "1 for the state that the run is in", "state")
-        self.step = self._gauge("step", "Optimizer steps done")
-        self.images = self._counter("images", "Images trained since the process started")
-        self.run_images_remaining = self._gauge("run_images_remaining", "Images until the run is done")
-        self.last_step_timestamp = self._gauge("last_step_timestamp_seconds", "When the last step was done")
-        self.process_start_timestamp = self._gauge(
-            "process_start_timestamp_seconds", "When the process began"
-        )
-        self.step_duration = Histogram(
-            f"{PREFIX}_step_duration_seconds",
-            "Time from step to step",
-            buckets=_STEP_BUCKETS,
-            registry=self.registry,
-        )
-        self.step_phase = self._counter("step_phase_seconds", "Wall time of the rank by phase", "phase")
-        self.loss = self._gauge(
-            "loss", "Loss of the last logged step; in pretraining the swapped prediction's"
-        )
-        self.prototypes = self._gauge("prototypes", "K; an untrained or collapsed model has the loss ln K")
-        self.learning_rate = self._gauge("learning_rate", "Learning rate of the last step")
-        self.prototype_usage = self._gauge(
-            "prototype_usage_ratio", "Share of prototypes that are some image's best, over the log interval"
-        )
-        self.probe_accuracy = self._gauge(
-            "probe_accuracy_ratio", "Share of labelled images beside the stream classified right", "probe"
-        )
-        self.nonfinite_steps = self._counter(
-            "nonfinite_steps", "Steps that were skipped since loss or gradient was not finite"
-        )
-        self.nonfinite_consecutive = self._gauge("nonfinite_steps_consecutive", "Such steps in a row, now")
-        self.checkpoint_last_success_timestamp = self._gauge(
-            "checkpoint_last_success_timestamp_seconds", "When the last checkpoint was committed"
-        )
-        self.checkpoint_last_success_step = self._gauge("checkpoint_last_success_step", "Step it holds")
-        self.checkpoint_interval = self._gauge("checkpoint_interval_seconds", "Configured interval")
-        self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint")
-        self.checkpoint_duration = Histogram(
-            f"{PREFIX}_checkpoint_duration_seconds",
-            "Staging, for which training waits, and upload, for which it does not",
-            ("phase",),
-            buckets=_CHECKPOINT_BUCKETS,
-            registry=self.registry,
-        )
-        self.checkpoints = self._counter(
-            "checkpoints",
-            "Checkpoints by outcome; delayed: put off behind one still being written",
-            "outcome",
-        )
-        self.checkpoint_copies = self._counter(
-            "checkpoint_copies", "Copies to checkpoint.copy_to by outcome", "outcome"
-        )
-        self.samples = self._counter("samples", "Samples by outcome", "outcome")
-        self.quarantined_bytes = self._counter("quarantined_bytes", "Bytes not trained, by reason", "reason")
-        self.s3_requests = self._counter(
-            "s3_requests", "Requests behind rank 0's batches, every attempt", "outcome"
-        )
-        self.s3_received_bytes = self._counter("s3_received_bytes", "Bytes received for rank 0's batches")
-        self.cache_reads = self._counter(
-            "cache_reads", "Reads behind rank 0's batches that storage.cache could answer", "outcome"
-        )
-        self.stage_seconds = self._counter("stage_seconds", "Time of the loader processes by stage", "stage")
-        self.stream_shards = self._gauge("stream_shards", "Shards in the manifest, and those lost", "state")
-        self._begin()
+    Where processes share a folder (`multiprocess`) the values lie there; otherwise they are in the registry.
+
+    Args:
+        role: of this process.
+        registry: for the families; by default one of its own, so that runs in one process do not meet.
+    """
+
+    def __init__(self, role: Role = Role.ALONE, registry: CollectorRegistry | None = None) -> None:
+        fed: tuple[Feeder, ...] = role.value
+        if fed:
+            share_values()
+        self.role, self.registry = role, registry or CollectorRegistry()
+        self._families = {f.name: _build(f, self.registry) for f in FAMILIES.values() if f.fed_by in fed}
+        self._children: dict[tuple[str, ...], Counter | Gauge | Histogram] = {}
+        if role is not Role.LOADER:
+            self._begin()
+
+    def __reduce__(self) -> tuple[Callable[[bool], Metrics], tuple[bool]]:
+        """Become, in a loader process, that process' own; its values come together in the shared folder."""
+        return _of_loader_process, (self.role is not Role.NONE,)
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """Set a gauge; `name` is without the prefix."""
+        if (gauge := self._find(name, labels)) is not None:
+            assert isinstance(gauge, Gauge)
+            gauge.set(value)
+
+    def add(self, name: str, amount: float = 1, *labels: str) -> None:
+        """Raise a counter."""
+        if (counter := self._find(name, labels)) is not None:
+            assert isinstance(counter, Counter)
+            counter.inc(amount)
+
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """Add a value to a histogram."""
+        if (histogram := self._find(name, labels)) is not None:
+            assert isinstance(histogram, Histogram)
+            histogram.observe(value)
+
+    def count_request(self, outcome: str, seconds: float, received: int) -> None:
+        """Count one attempt over the network, as a store tells of it."""
+        self.add("s3_requests_total", 1, outcome)
+        self.observe("s3_request_duration_seconds", seconds)
+        self.add("s3_received_bytes_total", received)
 
     def note(self, readings: Mapping[str, float]) -> None:
-        """Set those of a task's readings that have a family."""
-        if "prototype_usage_ratio" in readings:
-            self.prototype_usage.set(readings["prototype_usage_ratio"])
+        """Set those of a task's readings that have a family; `gradient_norm/trunk` is one with a label."""
+        for name, value in readings.items():
+            family, _, label = name.partition("/")
+            if family in FAMILIES and math.isfinite(value):
+                self.set(family, value, *([label] if label else []))
 
     def set_state(self, state: str) -> None:
         """Set the one state that the run is in."""
-        for each in RUN_STATES:
-            self.run_state.labels(each).set(each == state)
+        self.choose("run_state", state, RUN_STATES)
+
+    def choose(self, name: str, chosen: str, among: Iterable[str]) -> None:
+        """Set the gauge of one label to 1, and those of the others to 0."""
+        for each in among:
+            self.set(name, float(each == chosen), each)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds within to a counter."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - began)
+
+    def _find(self, name: str, labels: tuple[str, ...]) -> Counter | Gauge | Histogram | None:
+        if (child := self._children.get((name, *labels))) is not None:
+            return child
+        if name not in FAMILIES:
+            raise KeyError(name)
+        if (family := self._families.get(name)) is None:
+            return None
+        child = family.labels(*labels) if labels else family
+        self._children[(name, *labels)] = child
+        return child
 
     def _begin(self) -> None:
+        """Export known labels as 0, and moments as this one."""
         now = time.time()
-        for timestamp in (
-            self.process_start_timestamp,
-            self.last_step_timestamp,
-            self.checkpoint_last_success_timestamp,
-        ):
-            timestamp.set(now)
-        self.set_state("init")
-        known = (
-            (self.step_phase, PHASES),
-            (self.stage_seconds, STAGES),
-            (self.samples, SAMPLE_OUTCOMES),
-            (self.s3_requests, REQUEST_OUTCOMES),
-            (self.cache_reads, ("hit", "miss")),
-            (self.checkpoints, ("ok", "failed", "delayed")),
-            (self.checkpoint_copies, ("ok", "failed")),
-            (self.checkpoint_duration, ("stage", "upload")),
-        )
-        for state in ("manifest", "lost"):
-            self.stream_shards.labels(state)
-        for counter, values in known:
-            for value in values:
-                counter.labels(value)
+        for name in self._families:
+            family = FAMILIES[name]
+            if family.moment:
+                self.set(name, now)
+            for labels in product(*family.labels.values()) if family.labels else ():
+                self._find(name, labels)
+                if family.kind == "gauge":
+                    self.set(name, 0, *labels)
+        if "run_state" in self._families:
+            self.set_state("init")
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+def _build(family: Family, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    name, labels = f"{PREFIX}{family.name}", tuple(family.labels)
+    if family.kind == "gauge":
+        return Gauge(name, family.text, labels, registry=registry, multiprocess_mode=family.mode)
+    if family.kind == "counter":
+        return Counter(name, family.text, labels, registry=registry)
+    return Histogram(name, family.text, labels, buckets=family.buckets, registry=registry)
+
+
+def _of_loader_process(counting: bool) -> Metrics:
+    return _loader_metrics() if counting else Metrics(Role.NONE)
+
+
+@functools.cache
+def _loader_metrics() -> Metrics:
+    """Return the one of this process: two would each write its own count over the other's."""
+    return Metrics(Role.LOADER)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,6 +17,7 @@ from torch import nn
 
 from streamswav.errors import ConfigError, PeerError, StreamswavError
 from streamswav.heartbeat import FOLDER_VARIABLE, Heartbeat, find_heartbeat
+from streamswav.telemetry.metrics import Role
 
 # What gloo and NCCL say when the other end is no more, or never was.
 _LOST = (
@@ -31,6 +33,7 @@ _LOST = (
 # With these cuBLAS works with one workspace a stream, and always in the same order.
 _CUBLAS_VARIABLE, _CUBLAS_REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
+_COMMIT_VARIABLE = "STREAMSWAV_GIT_SHA"
 _LEADER_FIRST_SECONDS = 2.0
 
 Plain = TypeVar("Plain")
@@ -195,10 +198,41 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def own_role() -> Role:
+    """Return what this process is for metrics: under a launcher that one keeps those of the pod."""
+    if own_rank() != 0:
+        return Role.RANK
+    return Role.ALONE if own_folder() is None else Role.LEADER
+
+
+def own_attempt() -> int:
+    """Return how often the launcher has started the ranks of this machine before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def own_commit() -> str:
+    """Return the commit that this code is of: as the image was told, or as git says; else `unknown`."""
+    if told := os.environ.get(_COMMIT_VARIABLE):
+        return told
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return "unknown"
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()  # noqa: S603
+    return "unknown"
+
+
+def own_folder() -> Path | None:
+    """Return the folder that this rank shares with its launcher; None: there is no launcher."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return Path(folder) if folder else None
+
+
 def own_heartbeat() -> Heartbeat | None:
     """Return where the launcher looks for the phase of this rank; None: there is no launcher."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    return find_heartbeat(Path(folder), int(os.environ.get("LOCAL_RANK", "0"))) if folder else None
+    folder = own_folder()
+    return find_heartbeat(folder, int(os.environ.get("LOCAL_RANK", "0"))) if folder else None
 
 
 def local_world_size() -> int:

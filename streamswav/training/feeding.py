@@ -15,6 +15,7 @@ from streamswav.stream.position import Position
 from streamswav.stream.reader import ShardReader
 from streamswav.stream.select import Selection, load_selection
 from streamswav.stream.store import Store
+from streamswav.telemetry.metrics import Metrics
 from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, FeedSettings, Hooks
@@ -38,6 +39,7 @@ def build_feed(
     labels: Labels | None = None,
     growth: Growth | None = None,
     hooks: Hooks | None = None,
+    metrics: Metrics | None = None,
 ) -> Feed:
     """Build what gives batches from a position on.
 
@@ -51,6 +53,7 @@ def build_feed(
         labels: of the samples, where they are wanted; one without a usable label is passed over.
         growth: finds new shards of a stream that is followed.
         hooks: of the feed.
+        metrics: count what is read.
 
     Raises:
         ConfigError: `stream.memory` does not do for the lanes of a worker.
@@ -67,7 +70,7 @@ def build_feed(
             prefetch=loader.prefetch,
             budgets=Budgets(stream.skip_ratio, stream.skip_probation, stream.shard_ratio),
         ),
-        reader=build_reader(config, manifest, lanes=lanes),
+        reader=build_reader(config, manifest, lanes=lanes, metrics=metrics),
         crop=crop or MultiCrop(config.crops, seed=stream.seed),
         labels=labels,
         ranks=ranks,
@@ -77,7 +80,9 @@ def build_feed(
     )
 
 
-def build_reader(config: Config, manifest: Manifest, *, lanes: int = 1) -> ShardReader:
+def build_reader(
+    config: Config, manifest: Manifest, *, lanes: int = 1, metrics: Metrics | None = None
+) -> ShardReader:
     """Return what opens shards for so many lanes of a process.
 
     Raises:
@@ -91,6 +96,7 @@ def build_reader(config: Config, manifest: Manifest, *, lanes: int = 1) -> Shard
         memory=config.stream.memory,
         lanes=lanes,
         window=config.stream.window,
+        metrics=metrics,
     )
 
 

@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from streamswav.errors import CheckpointError, ConfigError
 from streamswav.training.distributed import Ranks
 from streamswav.training.masking import Undo
+from streamswav.training.phases import PhaseClock
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Learner:
         scaler: loss scaling, for float16.
         autocast: type of the forward pass; None: the parameters'.
         undo: tensors beside the running statistics that a forward pass changes.
+
+    Attributes:
+        clock: is told where a step is; whoever wants to know gives it its own.
     """
 
     own_state: ClassVar[tuple[str, ...]] = ()
@@ -66,6 +70,12 @@ class Learner:
         self._scaler = scaler or torch.amp.GradScaler(self._device_type, enabled=False)
         self._autocast = autocast
         self._undo = Undo([*running_statistics(self.module), *undo])
+        self.clock = PhaseClock()
+        if isinstance(network, DistributedDataParallel):
+            # The gradient of what comes first in the network is there last: what then is still exchanged is
+            # waited for. A hook of the exchange itself would see more, but also change how it is computed.
+            first = next(each for each in network.parameters() if each.requires_grad)
+            first.register_post_accumulate_grad_hook(self._await_others)  # type: ignore[no-untyped-call]
 
     @property
     def module(self) -> nn.Module:
@@ -130,6 +140,10 @@ class Learner:
         self.optimizer.zero_grad()
         slope = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self._scaler.scale(loss).backward(slope)  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+
+    def _await_others(self, _: Tensor) -> None:
+        """Note that this rank's gradient is complete."""
+        self.clock.enter("allreduce")
 
     def _update(self, rate: float) -> tuple[Tensor, Tensor]:
         """Move the parameters unless the norm of their unscaled gradients is not finite.

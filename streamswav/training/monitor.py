@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 
-from streamswav.loader import Batch
-from streamswav.stream.cached import CACHE_OUTCOMES
 from streamswav.stream.manifest import Manifest
 from streamswav.stream.outcomes import LOST_REASONS, PassedOver
+from streamswav.stream.store import redact
+from streamswav.telemetry.families import FAMILIES
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Progress, Reporter
+from streamswav.telemetry.status import Status
 from streamswav.training.checkpoint import Checkpoint
 from streamswav.training.distributed import Ranks
 from streamswav.training.learner import StepResult
 from streamswav.training.open_steps import Settled
+from streamswav.training.phases import make_clock
 from streamswav.training.watchdog import Watchdog
+
+_IN_STATUS = ("step", "images", "fraction", "images_per_second", "seconds_left", "loss")
 
 
 class Monitor:
@@ -39,29 +45,35 @@ class Monitor:
         *,
         log_seconds: float,
         watchdog: Watchdog | None = None,
+        status: Status | None = None,
     ) -> None:
-        self._watchdog = watchdog or Watchdog()
+        self._watchdog, self._status = watchdog or Watchdog(), status or Status()
         self.metrics, self._reporter, self._ranks = metrics, reporter, ranks
         self._log_seconds = log_seconds
         self.loss_first: float | None = None
         self.loss_last = math.nan
         self._began = self._logged = self._stepped = time.perf_counter()
-        self._phases: dict[str, float] = {}
-        self._accounted = 0.0
+        self.clock = make_clock(ranks.device)
+        self._phases: defaultdict[str, float] = defaultdict(float)
         self._state = "init"
         self._images_begun = self._images_logged = 0
         self._losses = torch.zeros((), device=ranks.device)
         self._counted = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._steps = 0
-        self._trained = 0
+        self._trained = self._lost_shards = 0
 
-    def begin(self, *, images: int, loss_first: float | None) -> None:
-        """Start the clocks; `images` were trained before this process."""
+    def begin(self, *, step: int, images: int, loss_first: float | None) -> None:
+        """Start the clocks; `step` steps were done before this process, with `images`."""
         self._began = self._logged = self._stepped = time.perf_counter()
-        self._accounted = 0.0
+        self.clock.start()
         self._images_begun = self._images_logged = self._trained = images
         self.loss_first = loss_first
+        self.metrics.set("step", step)
         self._enter("training")
+
+    def done(self) -> None:
+        """Tell that the run is done."""
+        self._enter("done")
 
     def draining(self) -> None:
         """Tell that the run stops after a signal."""
@@ -70,15 +82,6 @@ class Monitor:
     def log_due(self) -> bool:
         """Tell whether it is time for a log line; the first step gets one at once."""
         return self.loss_first is None or time.perf_counter() - self._logged >= self._log_seconds
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Account the time within to a phase."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._account(name, time.perf_counter() - began)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -95,12 +98,12 @@ class Monitor:
     def measured(self, scores: Mapping[str, float], *, step: int, images: int) -> None:
         """Tell what was measured of the trunk: shares from 0 to 1 by the probe's name."""
         for name, share in scores.items():
-            self.metrics.probe_accuracy.labels(name).set(share)
+            self.metrics.set("probe_accuracy_ratio", share, name)
         if scores:
             shown = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
             self._reporter.event("probe", shown, step=step, images=images, **scores)
 
-    def stepped(self, batch: Batch, result: StepResult, *, step: int, images: int, rate: float) -> None:
+    def stepped(self, result: StepResult, *, step: int, images: int, rate: float) -> None:
         """Record one step."""
         self._watchdog.enter("step")
         if self.loss_first is None:  # the first step is logged at once, so it may be read
@@ -111,29 +114,20 @@ class Monitor:
         self._counted += result.skipped.logical_not()
         self._steps += 1
         metrics, now = self.metrics, time.perf_counter()
-        metrics.step_duration.observe(now - self._stepped)
-        self._account("other", max(0.0, now - self._stepped - self._accounted))
-        self._accounted = 0.0
-        metrics.step.set(step)
-        metrics.last_step_timestamp.set(time.time())
-        metrics.learning_rate.set(rate)
-        for stage, seconds in batch.seconds.items():
-            metrics.stage_seconds.labels(stage).inc(seconds)
-        for outcome, received in batch.traffic:
-            if outcome in CACHE_OUTCOMES:
-                metrics.cache_reads.labels(outcome.removeprefix("cache_")).inc()
-                continue
-            metrics.s3_requests.labels(outcome).inc()
-            metrics.s3_received_bytes.inc(received)
+        metrics.observe("step_duration_seconds", now - self._stepped)
+        self._account(self.clock.take())
+        metrics.set("step", step)
+        metrics.set("last_step_timestamp_seconds", time.time())
+        metrics.set("learning_rate", rate)
         self._stepped, self._trained = now, images
 
     def settled(self, settled: Settled, *, in_a_row: int) -> None:
         """Record which of the last steps counted."""
         metrics = self.metrics
-        metrics.images.inc(settled.trained)
-        metrics.samples.labels("trained").inc(settled.trained)
-        metrics.nonfinite_steps.inc(settled.skipped_steps)
-        metrics.nonfinite_consecutive.set(in_a_row)
+        metrics.add("images_total", settled.trained)
+        metrics.add("samples_total", settled.trained, "trained")
+        metrics.add("nonfinite_steps_total", settled.skipped_steps)
+        metrics.set("nonfinite_steps_consecutive", in_a_row)
         if settled.skipped_steps:
             self._reporter.event(
                 "skipped_steps",
@@ -148,11 +142,12 @@ class Monitor:
 
     def passed_over(self, each: PassedOver, shard: str) -> None:
         """Record bytes of a shard that are not trained."""
-        self.metrics.samples.labels(each.outcome).inc(each.ordinal is not None)
+        self.metrics.add("samples_total", each.ordinal is not None, each.outcome)
         if each.outcome == "quarantined":
-            self.metrics.quarantined_bytes.labels(each.reason).inc(each.stop - each.start)
+            self.metrics.add("quarantined_bytes_total", each.stop - each.start, each.reason)
         if each.reason in LOST_REASONS:
-            self.metrics.stream_shards.labels("lost").inc()
+            self._lost_shards += 1
+            self.metrics.set("stream_shards", self._lost_shards, "lost")
             self._reporter.event(
                 "lost_shard",
                 f"{shard}: {each.reason}; its bytes from {each.start} on are quarantined",
@@ -169,7 +164,7 @@ class Monitor:
 
     def grown(self, manifest: Manifest) -> None:
         """Record that shards joined the run."""
-        self.metrics.stream_shards.labels("manifest").set(len(manifest.shards))
+        self.metrics.set("stream_shards", len(manifest.shards), "manifest")
 
     def log(
         self,
@@ -183,36 +178,40 @@ class Monitor:
     ) -> None:
         """Read the loss and what else there is from the device, tell it; every rank, after the same step."""
         if self._steps == 0:
+            self._account(self.clock.take())
             return
-        counted = int(self._counted)
+        with self.clock.waiting():
+            counted = int(self._counted)
+        self._account(self.clock.settle())
         loss = self._mean_over_ranks(float(self._losses) / counted if counted else math.nan)
         readings = read()
         now = time.perf_counter()
         seconds = max(now - self._logged, 1e-9)
         elapsed = now - self._began
         self.loss_last = loss
-        self.metrics.loss.set(loss)
+        self.metrics.set("loss", loss)
         self.metrics.note(readings)
         since = images - self._images_begun
         speed = (images - self._images_logged) / seconds
         overall = since / max(elapsed, 1e-9)
         left = images * (1 - fraction) / fraction if fraction else math.nan
-        self.metrics.run_images_remaining.set(left)
-        self._reporter.progress(
-            Progress(
-                step=step,
-                images=images,
-                fraction=fraction,
-                loss=loss,
-                rate=rate,
-                images_per_second=speed,
-                data_wait_ratio=min(1.0, self._phases.get("data_wait", 0.0) / seconds),
-                readings=readings,
-                quarantined=quarantined,
-                seconds_left=left / overall if overall and math.isfinite(left) else None,
-            )
+        self.metrics.set("run_images_remaining", left)
+        progress = Progress(
+            step=step,
+            images=images,
+            fraction=fraction,
+            loss=loss,
+            rate=rate,
+            images_per_second=speed,
+            data_wait_ratio=min(1.0, self._phases["data_wait"] / seconds),
+            readings=readings,
+            quarantined=quarantined,
+            seconds_left=left / overall if overall and math.isfinite(left) else None,
         )
-        self._logged, self._images_logged, self._phases, self._steps = now, images, {}, 0
+        self._reporter.progress(progress)
+        told = asdict(progress)
+        self._status.update(**{name: told[name] for name in _IN_STATUS})
+        self._logged, self._images_logged, self._phases, self._steps = now, images, defaultdict(float), 0
         self._losses.zero_()
         self._counted.zero_()
 
@@ -223,46 +222,58 @@ class Monitor:
 
     def staged(self, seconds: float) -> None:
         """Record for how long training stood still for a snapshot."""
-        self.metrics.checkpoint_duration.labels("stage").observe(seconds)
+        self.metrics.observe("checkpoint_duration_seconds", seconds, "stage")
 
     def save_delayed(self) -> None:
         """Record that a checkpoint is put off, since the one before is still being written."""
-        self.metrics.checkpoints.labels("delayed").inc()
+        self.metrics.add("checkpoints_total", 1, "delayed")
 
     def save_failed(self, reason: str) -> None:
         """Record a checkpoint that could not be written."""
-        self.metrics.checkpoints.labels("failed").inc()
+        self.metrics.add("checkpoints_total", 1, "failed")
         self._reporter.event("warning", reason)
 
     def saved(self, checkpoint: Checkpoint, seconds: float) -> None:
         """Record a checkpoint that is committed, and how long its writing took."""
-        self.metrics.checkpoint_duration.labels("upload").observe(seconds)
-        self.metrics.checkpoints.labels("ok").inc()
-        self.metrics.checkpoint_last_success_timestamp.set(time.time())
-        self.metrics.checkpoint_last_success_step.set(checkpoint.step)
-        self.metrics.checkpoint_bytes.set(checkpoint.size)
+        self.metrics.observe("checkpoint_duration_seconds", seconds, "upload")
+        self.metrics.add("checkpoints_total", 1, "ok")
+        self.metrics.set("checkpoint_last_success_timestamp_seconds", time.time())
+        self.metrics.set("checkpoint_last_success_step", checkpoint.step)
+        self.metrics.set("checkpoint_bytes", checkpoint.size)
+        self._status.update(
+            last_checkpoint={
+                "url": redact(checkpoint.url),
+                "step": checkpoint.step,
+                "timestamp": round(time.time(), 3),
+            }
+        )
         self._reporter.event("checkpoint", f"saved {checkpoint.url}", step=checkpoint.step)
 
     def describe(self, manifest: Manifest, about: Mapping[str, str]) -> None:
         """Record what runs."""
-        self.metrics.run_info.info(dict(about))
-        self.metrics.stream_shards.labels("manifest").set(len(manifest.shards))
+        self.metrics.set("run_info", 1, *(about[name] for name in FAMILIES["run_info"].labels))
+        self.metrics.set("stream_shards", len(manifest.shards), "manifest")
 
     @contextmanager
     def _within(self, state: str, phase: str) -> Iterator[None]:
-        self.metrics.set_state(state)
-        with self.phase(phase):
+        self._show(state)
+        with self.clock.within(phase):
             yield
-        self.metrics.set_state(self._state)
+        self._account(self.clock.take())
+        self._show(self._state)
 
     def _enter(self, state: str) -> None:
         self._state = state
-        self.metrics.set_state(state)
+        self._show(state)
 
-    def _account(self, phase: str, seconds: float) -> None:
-        self._phases[phase] = self._phases.get(phase, 0.0) + seconds
-        self._accounted += seconds
-        self.metrics.step_phase.labels(phase).inc(seconds)
+    def _show(self, state: str) -> None:
+        self.metrics.set_state(state)
+        self._status.update(state=state)
+
+    def _account(self, spent: Mapping[str, float]) -> None:
+        for phase, seconds in spent.items():
+            self._phases[phase] += seconds
+            self.metrics.add("step_phase_seconds_total", seconds, phase)
 
     def _mean_over_ranks(self, value: float) -> float:
         return sum(self._ranks.gather(value)) / self._ranks.world_size

@@ -91,8 +91,11 @@ class SwAVLearner(Learner):
         self._prototypes.normalise_()
         embeddings, scores = self._forward(crops)
         past = queue if queue is not None and queue.full else None
-        loss = self.objective(scores, self._prototypes.weight, past).loss
+        with self.clock.within("sinkhorn"):
+            codes = self.objective.codes(scores.detach(), self._prototypes.weight.detach(), past)
+        loss = self.objective.loss(scores, codes)
         self._backward(loss)
+        self.clock.enter("optimizer")
         if freeze_prototypes or not self._learn_prototypes:
             # None, not zero: no momentum step. DDP asks that requires_grad never changes.
             self._prototypes.weight.grad = None

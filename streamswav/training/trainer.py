@@ -63,14 +63,14 @@ class Trainer:
             self._evaluate()
         for batch in self._batches():
             stride = self._pace.stride(feed.seen, feed.seen_bytes)
-            with monitor.phase("h2d"):
+            with monitor.clock.within("h2d"):
                 tensors = self._task.to_device(batch)
-            with monitor.phase("forward_backward"):
+            with monitor.clock.within("forward_backward"):
                 result = self._task.step(tensors, stride)
             feed.commit(batch)
             self._open_steps.add(batch, result)
             self.step += 1
-            monitor.stepped(batch, result, step=self.step, images=feed.seen, rate=stride.rate)
+            monitor.stepped(result, step=self.step, images=feed.seen, rate=stride.rate)
             if feed.log_agreed or feed.save_agreed or result.look:
                 self._look(stride.rate)
             if self._evaluation_due:
@@ -122,7 +122,7 @@ class Trainer:
         batches = iter(self._feed)
         while not self.done:
             try:
-                with self._monitor.phase("data_wait"):
+                with self._monitor.clock.within("data_wait"):
                     batch = next(batches, None)
             except (UnavailableError, BudgetSpentError):
                 self._rescue()
@@ -153,7 +153,9 @@ class Trainer:
             NonFiniteError: too many of them were skipped; their samples are listed.
         """
         feed, steps = self._feed, self._open_steps
-        self._monitor.settled(steps.settle(), in_a_row=steps.in_a_row)
+        with self._monitor.clock.waiting():
+            settled = steps.settle()
+        self._monitor.settled(settled, in_a_row=steps.in_a_row)
         feed.synchronise()
         self._monitor.log(
             step=self.step,

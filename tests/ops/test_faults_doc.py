@@ -53,7 +53,7 @@ def known_metrics():
     """Every sample of a registry, with its labels."""
     metrics = Metrics()
     for reason in reasons():
-        metrics.quarantined_bytes.labels(reason)
+        metrics.add("quarantined_bytes_total", 0, reason)
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     return [(sample.name.removeprefix("streamswav_"), set(sample.labels.items())) for sample in samples]
 

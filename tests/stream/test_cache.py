@@ -330,7 +330,7 @@ def test_a_run_of_two_passes_fetches_shards_once_and_counts_what_the_cache_gave(
 ):
     url, folder, _ = shards
     metrics = Metrics()
-    monkeypatch.setattr(training_run, "Metrics", lambda: metrics)
+    monkeypatch.setattr(training_run, "Metrics", lambda _: metrics)
     storage = {"cache": tmp_path / "cache", "cache_free_ratio": 0, "block_bytes": BLOCK}
     code = cli.main(
         arguments(

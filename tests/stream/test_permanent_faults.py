@@ -71,7 +71,7 @@ def train(shards, tmp_path, capfd, monkeypatch):
 
     def run(*, images=None, crops=None, storage=None, optimizer=None, **stream):
         metrics = Metrics()
-        monkeypatch.setattr(training_run, "Metrics", lambda: metrics)
+        monkeypatch.setattr(training_run, "Metrics", lambda _: metrics)
         base = {"urls": shards.folder, "columns": 4, "rows": 2, "window": 4, "shard_ratio": 0.9}
         given = arguments(
             run={"directory": tmp_path / "run"},

@@ -257,21 +257,14 @@ def test_a_step_sends_nothing_to_the_gpu_while_the_host_waits(monkeypatch: pytes
             device=ranks.device,
         )
         monitor = Monitor(Metrics(), Reporter(silent=True), ranks, log_seconds=1e9)
-        monitor.begin(images=0, loss_first=5.0)
+        monitor.begin(step=0, images=0, loss_first=5.0)
         for step in range(4):
             crops = [torch.randn(n * 8, 3, size, size, device="cuda") for n, size in ((2, 16), (1, 8))]
             with transfers:
                 result = task.step(crops, Stride(rate=0.1, images=8 * step, done=8 * step))
-                monitor.stepped(batch(), result, step=step, images=8, rate=0.1)
+                monitor.stepped(result, step=step, images=8, rate=0.1)
     assert transfers.on_gpu
     assert transfers.found == []
-
-
-def batch() -> Batch:
-    made = Batch.__new__(Batch)
-    object.__setattr__(made, "seconds", {})
-    object.__setattr__(made, "traffic", ())
-    return made
 
 
 def test_the_augmentation_sends_its_parameters_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ class SupervisedLearner(Learner):
         scores = self._forward(images)
         loss = self.module.head.loss(scores, targets, label_smoothing=self._label_smoothing)
         self._backward(loss)
+        self.clock.enter("optimizer")
         grad_norm, skipped = self._update(rate)
         self._undo.where(skipped)
         return StepResult(loss.detach() / len(scores), grad_norm, skipped), scores.detach()
