@@ -33,10 +33,10 @@ def promtool(*arguments):
 def made():
     sys.path.insert(0, str(FOLDER))
     try:
-        import make  # noqa: PLC0415
+        import make_rules  # noqa: PLC0415
     finally:
         sys.path.remove(str(FOLDER))
-    return make
+    return make_rules
 
 
 def expectations(name):
@@ -50,7 +50,7 @@ def expectations(name):
 
 def test_what_is_made_is_what_template_and_thresholds_make(made):
     for path, text in made.made().items():
-        assert path.read_text() == text, f"{path.name}: run python ops/prometheus/make.py"
+        assert path.read_text() == text, f"{path.name}: run python ops/prometheus/make_rules.py"
 
 
 def test_the_custom_resource_holds_the_same_rules():

@@ -1,6 +1,6 @@
 """Writes rules, PrometheusRule and the runbook's table from `rules.in.yaml` and `thresholds.yaml`.
 
-    python ops/prometheus/make.py [--runbook https://HOST/PATH/runbook.md]
+    python ops/prometheus/make_rules.py [--runbook https://HOST/PATH/runbook.md]
 
 In the template `<name>` is a threshold as PromQL reads it, `<name told>` as people do, `<who>` names the run
 of an alert, and `<runbook>` is the alert's entry in the runbook, below the address that is given here.
@@ -20,7 +20,7 @@ import yaml
 FOLDER = Path(__file__).parent
 RUNBOOK = FOLDER.parent / "runbook.md"
 WHO = r"""{{ or $labels.run \"the run\" }}"""
-MADE = "# Made by ops/prometheus/make.py from rules.in.yaml and thresholds.yaml: change those.\n"
+MADE = "# Made by ops/prometheus/make_rules.py from rules.in.yaml and thresholds.yaml: change those.\n"
 RESOURCE = """\
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
