@@ -146,6 +146,17 @@ def test_missing_files_and_folders_are_not_found(tmp_path: Path) -> None:
         Store().read(str(tmp_path))
 
 
+def test_what_can_be_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for call in (Store().info, Store().read):
+        with pytest.raises(UnsupportedError, match="is a pipe"):
+            call(f"{tmp_path}/pipe")
+        for name in ("loop", "n" * 5000, "a\0b"):
+            with pytest.raises(NotFoundError):
+                call(f"{tmp_path}/{name}")
+
+
 def test_an_unwritable_place_is_denied(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DeniedError, match="cannot be written"):

@@ -136,6 +136,13 @@ def test_safetensors_whose_header_lies(refused):
     assert "cut off or damaged" in refused(len(header).to_bytes(8, "little") + header.encode())
 
 
+def test_one_value_that_stands_for_many_is_not_spread_out(refused, state, tmp_path):
+    """A small file of a trunk as wide as can be would take hundreds of gigabytes."""
+    state["layer1.0.conv1.weight"] = torch.ones(1).expand(state["layer1.0.conv1.weight"].shape)
+    torch.save(state, tmp_path / "weights.pth")
+    assert refused.path(tmp_path / "weights.pth").startswith("layer1.0.conv1.weight claims ")
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "archive/code.txt"])
 def test_zip_archives_of_something_else(refused, tmp_path, name):
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:

@@ -459,6 +459,16 @@ class TestExports:
         (tmp_path / name).write_text(json.dumps(facts))
         self.check(tmp_path / "weights.pth", strided)
 
+    @pytest.mark.parametrize(
+        "said", [{"width": "1e400", "images": "9" * 5000}, {"mean": "nan", "std": "0 0 0", "size": "9" * 30}]
+    )
+    def test_what_makes_no_sense_there_is_left_alone(self, strided, tmp_path, said):
+        said = {"streamswav": "1", "mean": "0 0 0", "std": "1 1 1", "size": "28", **said}
+        save_file(strided.state_dict(), tmp_path / "model.safetensors", metadata=said)
+        _, info = open_trunk(str(tmp_path / "model.safetensors"))
+        assert info.config.model.width == 0.125
+        assert info.images is None
+
     @pytest.mark.parametrize("text", ["", "[]", '{"files": 1}', '{"files": {"weights.pth": {}}}'])
     def test_others_files_of_that_name_say_nothing(self, strided, tmp_path, text):
         torch.save(strided.state_dict(), tmp_path / "weights.pth")

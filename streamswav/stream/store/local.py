@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ _MAY_PASS = {
     errno.EHOSTDOWN,
     errno.ENOTCONN,
 }
+_NO_NAMES = {errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class LocalFiles:
@@ -129,7 +131,16 @@ def _info(url: str, status: os.stat_result) -> ObjectInfo:
 
 
 def _opened(url: str) -> BinaryIO:
-    return path_of(url).open("rb")
+    """Open a file; a pipe is refused, which would be waited at for a writer and has no length."""
+    file = open(path_of(url), "rb", opener=_without_waiting)  # noqa: SIM115 - given to the caller
+    if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UnsupportedError(url, "is a pipe, not a file")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _raise(error: OSError) -> None:
@@ -146,8 +157,11 @@ def _reading(url: str) -> Iterator[None]:
         raise NotFoundError(url, "there is no such file or folder") from None
     except PermissionError:
         raise DeniedError(url, "no permission to read") from None
+    except ValueError:  # a zero byte
+        raise NotFoundError(url, "no file can have this name") from None
     except OSError as error:
-        raise UnavailableError(url, f"cannot be read ({error.strerror})") from None
+        kind = NotFoundError if error.errno in _NO_NAMES else UnavailableError
+        raise kind(url, f"cannot be read ({error.strerror})") from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from streamswav.stream.store import Store, join
 _FOLDERS = "export.json"
 _PLANES = 64
 _STEMS = ("small", "strided")
+_MOST_DIGITS = 18
 
 Facts = dict[str, str]
 """Texts under the keys of a safetensors file: width, stem, mean, std, size, images; any may be missing."""
@@ -49,7 +50,7 @@ def configure(model: Mapping[str, Any], prototypes: int | None, facts: Facts) ->
     values: dict[str, Any] = {"model": dict(model), "swav": {"prototypes": prototypes} if prototypes else {}}
     if model["stem"] in _STEMS and facts.get("stem") in _STEMS:
         values["model"]["stem"] = facts["stem"]
-    with suppress(ValueError, KeyError):
+    with suppress(ValueError, KeyError, OverflowError):
         width = float(facts["width"])  # of several that come to as many channels
         if round(_PLANES * width) == round(_PLANES * model["width"]):
             values["model"]["width"] = width
@@ -63,7 +64,7 @@ def configure(model: Mapping[str, Any], prototypes: int | None, facts: Facts) ->
 def images_seen(facts: Facts) -> int | None:
     """Return the images that the weights were trained on; None where nobody says."""
     text = facts.get("images", "")
-    return int(text) if text.isdecimal() else None
+    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 def _flatten(facts: Mapping[str, Any]) -> Facts:

@@ -61,8 +61,8 @@ def to_float(tensors: Mapping[str, Tensor], source: str) -> Tensors:
     """Return copies in float32, contiguous and finite; counters of batch norms stay whole numbers.
 
     Raises:
-        CheckpointError: a tensor that holds no weights: whole or complex numbers, NaN, infinity, or
-            variances below 0.
+        CheckpointError: a tensor that holds no weights: whole or complex numbers, NaN, infinity, variances
+            below 0, or one value repeated without taking room, which could be any number of them.
     """
     return {name: _to_float(name, tensor, source) for name, tensor in tensors.items()}
 
@@ -85,6 +85,9 @@ def _to_float(name: str, tensor: Tensor, source: str) -> Tensor:
         raise CheckpointError(
             f"{source}: {name} is a tensor without plain values (sparse, quantised or empty)"
         )
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        shown = f"{tensor.numel():,} values, of which the file holds fewer"
+        raise CheckpointError(f"{source}: {name} claims {shown}")
     if name.endswith(COUNTER):
         return tensor.to(torch.int64, copy=True)
     if not tensor.is_floating_point():
