@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["launch"]:
             return _launch(argv[1:])
         arguments = _parse(argv)
-        arguments.run(arguments)
+        code = arguments.run(arguments)
     except StreamswavError as error:
         if not isinstance(error, ConfigError) or _local_rank() == 0:  # all ranks have the same configuration
             sys.stderr.write(f"streamswav: {error}\n")
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("streamswav: interrupted; nothing was saved since the last checkpoint\n")
         return _INTERRUPTED
-    return EXIT_DONE
+    return EXIT_DONE if code is None else int(code)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -140,6 +140,10 @@ def _build_parser(command: str) -> Parser:
     plan.set_defaults(takes_keys=True)
     if command == "plan":
         _declare_plan(plan)
+    doctor = _add_command(commands, "doctor", _doctor, "look at everything that a run will need, before it")
+    doctor.set_defaults(takes_keys=True)
+    if command == "doctor":
+        _declare_doctor(doctor)
     _add_command(commands, "keys", _keys, "list all keys of the configuration with their defaults")
     _add_command(commands, "schema", _schema, "print the configuration's JSON schema")
     return parser
@@ -298,6 +302,20 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.samples is not None:
         arguments.keys += ["--stream.samples", f"{arguments.samples:.0f}"]
     run_plan(arguments, _read_config(arguments))
+
+
+def _declare_doctor(parser: Parser) -> None:
+    from streamswav.doctor import command  # noqa: PLC0415
+
+    command.add_arguments(parser, commands=(*_WITH_RANKS, "lowshot"))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    asked = argparse.Namespace(**{**vars(arguments), "command": arguments.for_command})
+    with drain_on_signals():
+        from streamswav.doctor.command import run_doctor  # noqa: PLC0415
+
+        return run_doctor(arguments, dict(os.environ), lambda: _read_config(asked))
 
 
 def _keys(_: argparse.Namespace) -> None:

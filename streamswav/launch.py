@@ -71,7 +71,7 @@ def _run(options: LaunchOptions, command: Sequence[str], environment: Mapping[st
     """Start the ranks, again and again where that was asked for, and return how it ended."""
     if options.address is not None:
         _await_name(options.address, options.dns_seconds, stop)
-    ranks = _count_ranks(options.ranks)
+    ranks = count_ranks(options.ranks)
     for attempt in range(options.max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="streamswav-", ignore_cleanup_errors=True) as folder:
             gang = Gang(
@@ -174,7 +174,7 @@ def _sleep(seconds: float, stop: Stop) -> None:
         time.sleep(min(left, _LOOK_SECONDS))
 
 
-def _count_ranks(text: str) -> int:
+def count_ranks(text: str) -> int:
     """Return the number of ranks on this machine.
 
     Raises:

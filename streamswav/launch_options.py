@@ -82,7 +82,16 @@ def parse_launch(arguments: Sequence[str], environment: Mapping[str, str]) -> tu
         command = command[1:]
     if not command:
         raise ConfigError("launch", "say what the ranks run: streamswav launch pretrain --config FILE ...")
-    return _Given(given, environment).options(), command
+    return read_options(given, environment), command
+
+
+def read_options(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> LaunchOptions:
+    """Return where the ranks are, by the flags of `add_flags` and the environment.
+
+    Raises:
+        ConfigError: naming the flag or the variable.
+    """
+    return _Given(flags, environment).options()
 
 
 class _Given:
@@ -190,6 +199,20 @@ def _build_parser() -> Parser:
         usage="streamswav launch [flags] pretrain [--config FILE] [--section.key value]...",
         allow_abbrev=False,
     )
+    add_flags(parser)
+    add = parser.add_argument
+    add(
+        "--max-restarts", metavar="N", help="restarts of the ranks after a crash, on one machine (default: 0)"
+    )
+    add("--retry-code", metavar="CODE", help="exit code in place of 75 (PyTorchJob wants 143)")
+    add("--grace-seconds", metavar="S", help="time to save after a signal (default: 600)")
+    add("--join-seconds", metavar="S", help="time for the other machines to come (default: 900)")
+    add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that say where the ranks are."""
     add = parser.add_argument
     add("--nnodes", metavar="N", help="machines that run this command (default: 1)")
     add("--nproc-per-node", metavar="N", help="ranks of this machine: a number, auto, gpu or cpu")
@@ -197,15 +220,7 @@ def _build_parser() -> Parser:
     add("--master-addr", metavar="NAME", help="machine 0")
     add("--master-port", metavar="PORT", help=f"a free port there (default: {_DEFAULT_PORT})")
     add("--rdzv-id", metavar="ID", help="tells apart runs that share the port")
-    add(
-        "--max-restarts", metavar="N", help="restarts of the ranks after a crash, on one machine (default: 0)"
-    )
-    add("--retry-code", metavar="CODE", help="exit code in place of 75 (PyTorchJob wants 143)")
-    add("--grace-seconds", metavar="S", help="time to save after a signal (default: 600)")
     add("--dns-seconds", metavar="S", help="time for the master's name to be known (default: 300)")
-    add("--join-seconds", metavar="S", help="time for the other machines to come (default: 900)")
-    add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    return parser
 
 
 def _parse(name: str, text: str, read: Callable[[str], Value]) -> Value:

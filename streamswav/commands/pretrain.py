@@ -42,7 +42,7 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
     """
     initial = Initial()
     program = Program(
-        _resolve,
+        resolve_open,
         lambda run, config, pace: _build_task(run, config, pace, initial),
         prepare=initial.prepare,
         finish=_finish,
@@ -51,8 +51,12 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
     return run_training(config, drain, program)
 
 
-def _resolve(config: Config, facts: Facts, ranks: Ranks) -> tuple[Config, list[Choice]]:
-    """Choose by the rules of `defaults`; on a GPU the batch by what fits."""
+def resolve_open(config: Config, facts: Facts, ranks: Ranks) -> tuple[Config, list[Choice]]:
+    """Choose what was left open by the rules of `defaults`; on a GPU the batch by what fits.
+
+    Raises:
+        ConfigError: the given values and the facts do not fit together.
+    """
     cuda = facts.cuda
     memory = min(ranks.gather(torch.cuda.get_device_properties(ranks.device).total_memory if cuda else 0))
     if cuda and config.training.batch is None and facts.begun is None:

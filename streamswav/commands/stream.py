@@ -115,11 +115,61 @@ def stream(
             raise ConfigError(option, "must be positive", value=value)
     began = time.perf_counter()
     manifest = list_manifest(config.stream.urls, Store(config.storage))
+    listing = time.perf_counter() - began
+    report, failure = measure(
+        config,
+        drain,
+        manifest=manifest,
+        seconds=seconds,
+        samples=samples,
+        crops=crops,
+        list_seconds=listing,
+        tell=sys.stderr.write,
+    )
+    if failure and not report.samples:
+        raise failure
+    text = json.dumps(asdict(report), indent=1) if as_json else describe(report)
+    sys.stdout.write(text + "\n")
+    if failure:
+        raise failure
+
+
+def measure(
+    config: Config,
+    drain: Drain,
+    *,
+    manifest: Manifest,
+    seconds: float,
+    samples: int | None = None,
+    crops: bool = True,
+    list_seconds: float = 0.0,
+    patience: float | None = None,
+    tell: Callable[[str], object] = lambda _: None,
+) -> tuple[Report, StreamswavError | None]:
+    """Read and crop for a while, and return what was measured, with the error that ended it, if one did.
+
+    Args:
+        config: as `stream`'s.
+        drain: ends it early.
+        manifest: the shards.
+        seconds: how long, from the first batch on.
+        samples: end after so many.
+        crops: whether images are decoded and cropped.
+        list_seconds: that the listing took.
+        patience: how long the first batch may take; by default as long.
+        tell: hears of the first batch, a line.
+
+    Raises:
+        ConfigError: something that cannot work.
+    """
+    began = time.perf_counter()
     config = resolve_stream(config, manifest, Ranks())
     report = _report(config, manifest)
-    report.list_seconds = time.perf_counter() - began
+    report.list_seconds = list_seconds + time.perf_counter() - began
     drain.patient = True
-    meter = _Meter(report, until=seconds, samples=samples, drain=drain)
+    meter = _Meter(
+        report, until=seconds, patience=patience or seconds, samples=samples, drain=drain, tell=tell
+    )
     feed = open_feed(
         config,
         manifest,
@@ -128,13 +178,9 @@ def stream(
         hooks=Hooks(drain=meter.done),
     )
     failure = _run(feed, meter)
-    if failure and not report.samples:
-        raise failure
-    _complete(report, feed.position, config)
-    text = json.dumps(asdict(report), indent=1) if as_json else describe(report)
-    sys.stdout.write(text + "\n")
-    if failure:
-        raise failure
+    if report.samples or not failure:
+        _complete(report, feed.position, config)
+    return report, failure
 
 
 def describe(report: Report) -> str:
@@ -172,9 +218,17 @@ class _Meter:
     """Adds up batches, and knows when it is enough."""
 
     def __init__(
-        self, report: Report, *, until: float, samples: int | None, drain: Callable[[], bool]
+        self,
+        report: Report,
+        *,
+        until: float,
+        patience: float,
+        samples: int | None,
+        drain: Callable[[], bool],
+        tell: Callable[[str], object],
     ) -> None:
         self._report, self._until, self._samples, self._drain = report, until, samples, drain
+        self._patience, self._tell = patience, tell
         self._began = time.perf_counter()
         self._first: float | None = None
         self._first_samples = self._first_bytes = 0
@@ -187,8 +241,11 @@ class _Meter:
     def done(self) -> bool:
         """Tell whether to stop."""
         enough = self._samples is not None and self._report.samples >= self._samples
-        since = self._began if self._first is None else self._first
-        return enough or self._drain() or time.perf_counter() - since >= self._until
+        if self._first is None:
+            over = time.perf_counter() - self._began >= self._patience
+        else:
+            over = time.perf_counter() - self._first >= self._until
+        return enough or over or self._drain()
 
     def add(self, batch: Batch) -> None:
         """Count a batch that has just come."""
@@ -204,9 +261,7 @@ class _Meter:
             self._cpu = _loader_seconds(report.workers)
             self._first_samples, self._first_bytes = report.samples, report.sample_bytes
             report.first_batch_seconds = now - self._began
-            sys.stderr.write(
-                f"streamswav: {_first(report)}; measuring for {self._until:g} s, Ctrl-C ends it\n"
-            )
+            self._tell(f"streamswav: {_first(report)}; measuring for {self._until:g} s, Ctrl-C ends it\n")
         report.seconds = now - self._first
 
     def close(self) -> None:

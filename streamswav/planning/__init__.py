@@ -1,7 +1,7 @@
 """What a run will take, worked out from its configuration before anyone pays for a GPU."""
 
 from streamswav.planning.estimate import Plan, Request, make_plan, trunk_parameters
-from streamswav.planning.gpus import GPUS, Gpu, find_gpu
+from streamswav.planning.gpus import GPUS, Gpu, find_gpu, recognise
 from streamswav.planning.memory import largest_batch
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "find_gpu",
     "largest_batch",
     "make_plan",
+    "recognise",
     "trunk_parameters",
 ]

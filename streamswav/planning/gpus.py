@@ -9,6 +9,7 @@ the driver reports as total, which is less than the name says where error correc
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from streamswav.errors import ConfigError
@@ -95,6 +96,17 @@ def find_gpu(name: str) -> Gpu:
     (nearest,) = difflib.get_close_matches(given, known, n=1, cutoff=0)
     reason = f"there is no such GPU type in the table: {', '.join(GPUS)}"
     raise ConfigError("--gpu", reason, value=name, nearest=known[nearest].name)
+
+
+def recognise(name: str, memory: int) -> Gpu | None:
+    """Return the type of a device by the name and the bytes that its driver reports; None: none of these."""
+    words = {_plain(word) for word in re.split(r"[^A-Za-z0-9]+", name)}
+    fitting = [
+        gpu
+        for gpu in GPUS.values()
+        if {_plain(part) for part in gpu.name.split("-") if not part.endswith("GB")} <= words
+    ]
+    return min(fitting, key=lambda gpu: abs(gpu.memory - memory), default=None)
 
 
 def _plain(name: str) -> str:

@@ -144,7 +144,7 @@ class Lease:
             if self._held is None:
                 return
             held = self._held[0]
-            found = _parse(self._read()[0])
+            found = parse_holder(self._read()[0])
             if found is None or found.token != held.token:
                 self._lost = _lost(self.url, found)
                 raise self._lost
@@ -163,7 +163,7 @@ class Lease:
     def _await_free(self) -> tuple[Holder | None, str | None]:
         """Wait until nobody holds it; return who did last, and the version to replace."""
         content, version = self._read(self._store)
-        holder = _parse(content)
+        holder = parse_holder(content)
         if holder is None or holder.is_dead:
             return holder, version
         if time.time() - holder.stamp > LONG_OVER_SECONDS + holder.seconds:
@@ -176,7 +176,7 @@ class Lease:
         while time.monotonic() < began + holder.seconds:
             time.sleep(min(LOOK_SECONDS, holder.seconds / 10))
             now, changed = self._read(self._store)
-            other = _parse(now)
+            other = parse_holder(now)
             if other is None:
                 return holder, changed
             if now != content:
@@ -215,7 +215,7 @@ class Lease:
             content, version = self._read()
         except StorageError:
             return False
-        found = _parse(content)
+        found = parse_holder(content)
         if found is not None and version is not None and found.token == held.token:
             self._held = found, version
             return False
@@ -232,8 +232,8 @@ def _lost(url: str, found: Holder | None) -> LeaseError:
     )
 
 
-def _parse(content: bytes | None) -> Holder | None:
-    """What is no lease is nobody's."""
+def parse_holder(content: bytes | None) -> Holder | None:
+    """Read who holds a lease; what is no lease is nobody's."""
     try:
         values = json.loads(content) if content else {}
         # A later version may say more of itself, and holds the lease all the same.

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tables import tables
 
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_RETRY
 from streamswav.stream.outcomes import LOST_REASONS
@@ -14,19 +15,6 @@ COLUMNS = ["fault", "what happens", "metric", "log line or error", "exit", "test
 CODES = {"-", *map(str, (EXIT_DONE, EXIT_FAILED, EXIT_RETRY, EXIT_CONFIG))}
 NAMED = r"`(\w+)(?:\[([^\]]+)\])?`"  # a test, and perhaps the id of its parameters
 RAISED = r'\b(?:DamageError|DecodeError|Damage|pass_over)\(\s*"(\w+)"(?: if .+ else "(\w+)")?'
-
-
-def tables(text):
-    """The tables of a page, each as rows of cells, the header first."""
-    found = [[]]
-    for line in text.splitlines():
-        if line.startswith("|"):
-            cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
-            if not set("".join(cells)) <= set("-|"):
-                found[-1].append(cells)
-        elif found[-1]:
-            found.append([])
-    return [table for table in found if table]
 
 
 PAGE = (TESTS.parent / "ops" / "faults.md").read_text()

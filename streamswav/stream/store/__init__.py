@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from streamswav.config import StorageSection
 from streamswav.errors import NotFoundError, UnsupportedError
+from streamswav.stream.store.identity import Identity, find_identity
 from streamswav.stream.store.local import LocalFiles
 from streamswav.stream.store.retry import OnRequest
 from streamswav.stream.store.s3 import S3
@@ -34,7 +35,16 @@ from streamswav.stream.store.urls import (
 )
 from streamswav.stream.store.web import Web
 
-__all__ = ["ObjectInfo", "Store", "fixed_part", "is_pattern", "join", "redact"]
+__all__ = [
+    "Identity",
+    "ObjectInfo",
+    "Store",
+    "find_identity",
+    "fixed_part",
+    "is_pattern",
+    "join",
+    "redact",
+]
 
 Objects = list[ObjectInfo]
 _DEFAULTS = StorageSection()
@@ -165,6 +175,20 @@ class Store:
         """Remove an object, or a folder with all it holds; nothing there is fine."""
         self._place(url).delete(url)
 
+    def keeps_conditions(self, url: str) -> bool:
+        """Tell whether the store itself refuses a write whose condition does not hold, as `swap` needs it.
+
+        It is tried: an object of this name is there afterwards.
+        """
+        return self._place(url).keeps_conditions(url)
+
+    def clock_ahead(self, url: str) -> float | None:
+        """Return by how many seconds the server's clock is ahead of this machine's; None: it tells no time.
+
+        The answer is right to a second and the time of a request.
+        """
+        return self._place(url).clock_ahead(url)
+
     def _place(self, url: str) -> _Place:
         scheme = scheme_of(url)
         if scheme in LOCAL:
@@ -189,6 +213,8 @@ class _Place(Protocol):
     def writing(self, url: str) -> AbstractContextManager[BinaryIO]: ...
     def swap(self, url: str, data: bytes, version: str | None) -> str: ...
     def delete(self, url: str) -> None: ...
+    def keeps_conditions(self, url: str) -> bool: ...
+    def clock_ahead(self, url: str) -> float | None: ...
 
 
 def _by_url(info: ObjectInfo) -> str:

@@ -120,6 +120,23 @@ class LocalFiles:
             else:
                 path.unlink(missing_ok=True)
 
+    def keeps_conditions(self, url: str) -> bool:
+        """Tell whether the folder of a file can be locked."""
+        self.write(url, io.BytesIO(), 0)
+        descriptor = os.open(path_of(url).parent, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            return False
+        else:
+            return True
+        finally:
+            os.close(descriptor)
+
+    def clock_ahead(self, url: str) -> float | None:  # noqa: ARG002 - as its remote kin
+        """Tell nothing: it is this machine's clock."""
+        return None
+
 
 def path_of(url: str) -> Path:
     """Return the path of a local URL."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import email.utils
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -69,6 +71,14 @@ class Remote:
         transfer = self._transferred(Transfer(url, 0, None, None))
         return bytes(transfer.body), transfer.version or ""
 
+    def clock_ahead(self, url: str) -> float | None:
+        """Return by how many seconds the server's clock is ahead: its Date lies within the request's time."""
+        asked = time.time()
+        date = self._call(url, "info", lambda: self._date(url))
+        answered = time.time()
+        told = email.utils.parsedate_to_datetime(date).timestamp() if date else None
+        return None if told is None else told + 0.5 - (asked + answered) / 2
+
     def _transferred(self, transfer: Transfer) -> Transfer:
         self._call(transfer.url, "read", lambda: self._resume(transfer), received=lambda: len(transfer.body))
         return transfer
@@ -83,6 +93,9 @@ class Remote:
         raise NotImplementedError
 
     async def _get(self, transfer: Transfer, attempt: int) -> None:
+        raise NotImplementedError
+
+    async def _date(self, url: str) -> str | None:
         raise NotImplementedError
 
     def _on_denied(self) -> None:

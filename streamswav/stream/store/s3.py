@@ -105,6 +105,17 @@ class S3(Remote):
             self._request(info.url, "delete", "delete_object")
         self._request(f"s3://{bucket}/{key}", "delete", "delete_object")
 
+    def keeps_conditions(self, url: str) -> bool:
+        """Write an object twice, the second time on the condition that there is none."""
+        self._request(url, "write", "put_object", Body=b"")
+        try:
+            self._request(url, "write", "put_object", Body=b"again", IfNoneMatch="*")
+        except ChangedError:
+            return True
+        except UnsupportedError:
+            pass
+        return False
+
     def _request(self, url: str, operation: str, method: str, **arguments: Any) -> dict[str, Any]:
         bucket, key = _split(url)
 
@@ -114,6 +125,16 @@ class S3(Remote):
             return reply
 
         return self._call(url, operation, request)
+
+    async def _date(self, url: str) -> str | None:
+        """Ask for the start of a listing: a refusal tells the time as well, that of a wrong clock too."""
+        async with self._clients.lease() as client:
+            try:
+                reply = await client.list_objects_v2(Bucket=_split(url)[0], MaxKeys=1)
+            except ClientError as error:
+                reply = error.response
+        date: str | None = reply["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+        return date
 
     async def _page(self, bucket: str, prefix: str, token: dict[str, str]) -> dict[str, Any]:
         async with self._clients.lease() as client:

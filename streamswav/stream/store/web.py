@@ -41,6 +41,14 @@ class Web(Remote):
         """Refuse."""
         raise UnsupportedError(redact(url), "web servers are read only")
 
+    def keeps_conditions(self, url: str) -> bool:
+        """Refuse."""
+        raise UnsupportedError(redact(url), "web servers are read only")
+
+    async def _date(self, url: str) -> str | None:
+        async with self._client().head(url, allow_redirects=True) as reply:
+            return reply.headers.get("Date")
+
     async def _head(self, url: str) -> ObjectInfo:
         async with self._client().head(url, allow_redirects=True) as reply:
             length = reply.headers.get("Content-Length")
