@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 from streamswav.errors import EXIT_CONFIG
+from streamswav.redact import Redactor
 
 
 def whole(text: str) -> int:
@@ -30,6 +31,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Tell what is wrong with which argument and where help is; exit with `EXIT_CONFIG`."""
         program = self.prog.partition(" ")[0]
-        reason = " ".join(message.removeprefix("argument ").split())
+        reason = Redactor().text(" ".join(message.removeprefix("argument ").split()))
         sys.stderr.write(f"{program}: {reason}; see `{self.prog} --help`\n")
         raise SystemExit(EXIT_CONFIG)

@@ -7,7 +7,6 @@ import atexit
 import importlib
 import itertools
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -24,6 +23,9 @@ from streamswav.defaults import FINETUNE_BASE
 from streamswav.drain import drain_on_signals
 from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
 from streamswav.heartbeat import AGENT, FOLDER_VARIABLE, METRICS_VARIABLE, attach
+from streamswav.redact import Redactor
+from streamswav.telemetry.logs import Log, LogSettings, own_log, set_up_logs, tell_crashes
+from streamswav.telemetry.secrecy import without_secrets
 
 _INTERRUPTED = 130
 _WITH_METRICS = ("pretrain", "cooldown", "finetune", "lowshot", "launch")
@@ -56,10 +58,10 @@ something was changed (the message says what) · 1 anything else
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    log = _set_up_logs(launcher=argv[:1] == ["launch"])
     if folder := os.environ.get(FOLDER_VARIABLE):
         attach(Path(folder), _local_rank())
-    argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv[:1] == ["launch"]:
             return _launch(argv[1:])
@@ -67,12 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.run(arguments)
     except StreamswavError as error:
         if not isinstance(error, ConfigError) or _local_rank() == 0:  # all ranks have the same configuration
-            sys.stderr.write(f"streamswav: {error}\n")
+            log.fail(str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("streamswav: interrupted; nothing was saved since the last checkpoint\n")
+        log.fail("interrupted; nothing was saved since the last checkpoint", _INTERRUPTED)
         return _INTERRUPTED
     return EXIT_DONE if code is None else int(code)
+
+
+def _set_up_logs(*, launcher: bool) -> Log:
+    rank = None if launcher else int(os.environ.get("RANK", "0"))
+    colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return set_up_logs(LogSettings(rank=rank, colour=colour, redactor=Redactor.of(os.environ)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -204,13 +212,14 @@ def _read_config(arguments: argparse.Namespace) -> Config:
     if arguments.command in ("pretrain", "plan") and config.finetune.model_fields_set:
         reason = f"is for streamswav finetune and lowshot; {arguments.command} has no use for it"
         raise ConfigError(f"finetune.{min(config.finetune.model_fields_set)}", reason)
+    own_log().describe(config)
     return config
 
 
 def _train(arguments: argparse.Namespace) -> None:
     config, command = _read_config(arguments), arguments.command
     if arguments.print_config:
-        sys.stdout.write(dump_config(config))
+        sys.stdout.write(dump_config(without_secrets(config)))
         return
     with drain_on_signals() as drain:
         # torch takes seconds to import: not before the configuration is known to be right.
@@ -282,6 +291,7 @@ def _of_module(command: str, function: str) -> Any:
 
 def _run_module(arguments: argparse.Namespace) -> None:
     given = load_config(None, os.environ, arguments.keys)
+    own_log().describe(given)
     _of_module(arguments.command, "run_{}")(arguments, given=given)
 
 
@@ -338,6 +348,7 @@ def enter(argv: Sequence[str] | None = None) -> int:
     may abort the process while C++ clears up, long after all is saved. A launcher whose agent waits for other
     nodes, in C, would meet an interpreter that is half gone.
     """
+    tell_crashes()
     argv = sys.argv[1:] if argv is None else list(argv)
     with _metrics_shared(argv):
         code = main(argv)

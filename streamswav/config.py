@@ -391,6 +391,16 @@ class TelemetrySection(Section):
     port: Annotated[int, Field(ge=0, le=65535), _Whole] = Field(9404, description="of /metrics; 0: none")
     bind: str = Field("0.0.0.0", description="address of /metrics")  # noqa: S104 - scraped from outside the pod
     log_seconds: Positive = Field(10.0, description="between log lines")
+    log_format: Literal["auto", "json", "human"] = Field(
+        "auto", description="of the log: JSON lines, lines for people, or by whether stderr is a terminal"
+    )
+    sinks: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_list_one)] = Field(
+        [], description="where readings and events go beside log and metrics: tensorboard, wandb"
+    )
+    sink_folder: str = Field(
+        "", description="folder of this machine for what sinks keep; default: run.directory, if it is local"
+    )
+    wandb_project: str = Field("streamswav", description="project of Weights & Biases")
 
 
 class Config(Section):

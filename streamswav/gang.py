@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -45,6 +44,7 @@ from streamswav.heartbeat import (
 )
 from streamswav.launch_options import LaunchOptions
 from streamswav.meeting import Meeting
+from streamswav.telemetry.logs import own_log
 
 EXIT_INTERRUPTED = 130
 
@@ -59,10 +59,9 @@ _STARTUP_SECONDS = 1800.0
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def say(text: str) -> None:
-    """Tell one line."""
-    sys.stderr.write(f"streamswav: {text}\n")
-    sys.stderr.flush()
+def say(text: str, **fields: Any) -> None:
+    """Tell one line, as the event `launcher`."""
+    own_log().tell("launcher", text, **fields)
 
 
 class Stop:
@@ -251,11 +250,12 @@ class Gang(SimpleElasticAgent):
         if code is None or meaning in (None, EXIT_DONE, EXIT_RETRY, EXIT_CONFIG):
             return  # the rank has said why, or this launcher has
         if code >= 0:
-            say(f"rank {member.rank} ended with exit code {code}")
+            say(f"rank {member.rank} ended with exit code {code}", rank=member.rank, exit_code=code)
             return
         name = signal.Signals(-code).name
         memory = ": the machine, or the pod, may be out of memory" if -code == signal.SIGKILL else ""
-        say(f"rank {member.rank} (process {member.process.pid}) was killed by {name}{memory}")
+        text = f"rank {member.rank} (process {member.process.pid}) was killed by {name}{memory}"
+        say(text, rank=member.rank, signal=name)
 
     def _drain(self) -> None:
         """Pass a signal on once, and give the ranks time to save."""
@@ -328,7 +328,8 @@ class Gang(SimpleElasticAgent):
             time.sleep(_STACKS_PAUSE_SECONDS)
             before, size = size, file.stat().st_size
         text = file.read_text(errors="replace").strip() or "(no answer: it is stuck in the kernel)"
-        say(f"rank {member.rank} (process {member.process.pid}), in {member.beat.phase}:\n{text}")
+        where = f"rank {member.rank} (process {member.process.pid}), in {member.beat.phase}"
+        say(where, rank=member.rank, stacks=text)
 
     def _kill(self, why: str = "", *, spare: str = "") -> None:
         """End the ranks at once, but those that are in the phase to be spared."""

@@ -28,6 +28,7 @@ from streamswav.errors import (
 from streamswav.gang import Gang, Stop, say
 from streamswav.heartbeat import AGENT
 from streamswav.launch_options import LaunchOptions, parse_launch
+from streamswav.telemetry.logs import own_log
 
 _LOOK_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 10.0
@@ -62,7 +63,7 @@ def launch(
         try:
             code = _run(options, command, environment, stop)
         except StreamswavError as error:
-            say(str(error))
+            own_log().fail(str(error), error.exit_code)
             code = error.exit_code
     return options.retry_code if code == EXIT_RETRY else code
 

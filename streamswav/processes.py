@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from streamswav.errors import StreamswavError
+from streamswav.telemetry.logs import LogSettings, own_log, set_up_logs
 
 PATIENCE_SECONDS = 1.0
 GRACE_SECONDS = 2.0
@@ -104,7 +105,7 @@ def open_loader(
         timeout=PATIENCE_SECONDS,
         # Its own, or each start of the loader would take a number from the rank's.
         generator=torch.Generator(),
-        worker_init_fn=functools.partial(_prepare_worker, leash=leash),
+        worker_init_fn=functools.partial(_prepare_worker, leash=leash, logs=own_log().settings),
         # s3fs is not fork-safe, and spawn would import torch again in every worker.
         multiprocessing_context=context,
     )
@@ -150,10 +151,11 @@ def _take(items: Iterator[Made]) -> Iterator[Made | Failed | None]:
             yield item
 
 
-def _prepare_worker(_: int, *, leash: Connection) -> None:
+def _prepare_worker(number: int, *, leash: Connection, logs: LogSettings) -> None:
     """A signal to the process group must not take a worker; the leash does, when the rank lets go of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    set_up_logs(replace(logs, worker=number))
     torch.set_num_threads(1)
     threading.Thread(target=_end_with, args=(leash,), name="leash", daemon=True).start()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -121,7 +120,7 @@ class _Parts:
         run.metrics.set_state("evaluating")
         results = self._measuring.finish(task.subject, step=step, images=images)
         if run.ranks.leads:
-            sys.stderr.write(results.to_table() + "\n")
+            run.reporter.event("results", results.to_table())
         value = results.values[0]
         return {
             "test": dict(value.scores),

@@ -22,6 +22,7 @@ from streamswav.commands.run_folder import (
     read_begun,
     refuse_other_grid,
 )
+from streamswav.commands.run_sinks import open_sinks
 from streamswav.commands.run_stream import agreed_selection, growth_of, on_grid, samples_of, start_position
 from streamswav.commands.summary import summarise
 from streamswav.config import Config, dump_config
@@ -33,6 +34,8 @@ from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.exporter import Source, serve
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
+from streamswav.telemetry.secrecy import without_secrets
+from streamswav.telemetry.sinks import refuse_missing
 from streamswav.telemetry.status import Status
 from streamswav.training.distributed import (
     Ranks,
@@ -54,7 +57,7 @@ from streamswav.training.monitor import Monitor
 from streamswav.training.open_steps import OpenSteps
 from streamswav.training.pace import make_pace
 from streamswav.training.restore import Restored, load_into, restore
-from streamswav.training.saver import Saver, without_secrets
+from streamswav.training.saver import Saver
 from streamswav.training.task import Task
 from streamswav.training.trainer import Trainer
 from streamswav.training.watchdog import Watchdog, watch
@@ -108,7 +111,7 @@ def _serve(config: Config, metrics: Metrics, status: Status) -> Iterator[None]:
 
 
 def refuse_incomplete(config: Config) -> None:
-    """Refuse a configuration without shards or without a place for the run.
+    """Refuse a configuration without shards, without a place for the run, or with sinks that cannot work.
 
     Raises:
         ConfigError: naming the key.
@@ -117,6 +120,7 @@ def refuse_incomplete(config: Config) -> None:
         raise ConfigError("stream.urls", "say where the shards are, as --stream.urls s3://bucket/shards/")
     if not config.run.directory:
         raise ConfigError("run.directory", "say where the run is kept, as --run.directory runs/first")
+    refuse_missing(config.telemetry, config.run.directory)
 
 
 def _prepare(
@@ -184,6 +188,7 @@ def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog, status:
     restored = restore(folder, run.store, config, ranks)
     if restored:
         saver.resume_from(restored)
+    open_sinks(run, images=restored.position.trained if restored else 0)
     log_seconds = config.telemetry.log_seconds
     monitor = Monitor(run.metrics, reporter, ranks, log_seconds=log_seconds, watchdog=watchdog, status=status)
     saver.listener = monitor
@@ -278,7 +283,7 @@ def _build_trainer(
 
 
 def _about(config: Config, ranks: Ranks) -> dict[str, str]:
-    digest = hashlib.blake2b(dump_config(config).encode(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(dump_config(without_secrets(config)).encode(), digest_size=6).hexdigest()
     return {
         "attempt": str(own_attempt()),
         "version": __version__,

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
+from tqdm import tqdm
+from tqdm.utils import disp_len
+
+from streamswav.telemetry.logs import Log, own_log
+from streamswav.telemetry.sinks import Sink, numbers
+
 SHOWN = {
-    "ln_prototypes": " (ln K {:.3f})",
-    "prototype_usage_ratio": "  prototypes used {:.0%}",
-    "train_accuracy_ratio": "  right {:.1%}",
+    "prototype_usage_ratio": "prototypes used {:.0%}",
+    "train_accuracy_ratio": "right {:.1%}",
 }
 """How people are told of a reading."""
+
+_COLOUR_OF = {"healthy": "green", "warming_up": "cyan"}
+"""Of a verdict; any other one is bad."""
+
+_SHORTEST_BAR = 10
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Progress:
         readings: what else the task tells, by name (`SHOWN` has those for people).
         quarantined: samples and stretches that were not trained.
         seconds_left: an estimate; None where the end is not known.
+        verdict: name of what the readings say of the run's health; None: nobody judges.
     """
 
     step: int
@@ -46,66 +53,116 @@ class Progress:
     readings: Mapping[str, float]
     quarantined: int
     seconds_left: float | None
+    verdict: str | None = None
 
 
 class Reporter:
-    """Writes lines for people or machines; only rank 0 has one that speaks."""
+    """Tells of a run; only rank 0 has one that speaks.
 
-    def __init__(self, stream: TextIO | None = None, *, silent: bool = False) -> None:
-        self._stream = stream or sys.stderr
+    Args:
+        log: where to; by default this process' log.
+        silent: say nothing.
+    """
+
+    def __init__(self, log: Log | None = None, *, silent: bool = False) -> None:
+        self._log = log or own_log()
         self._silent = silent
-        self._live = self._stream.isatty()
-        self._open_line = False
-        self._lock = threading.RLock()  # checkpoints are told of by the thread that writes them
+        self._sinks: list[Sink] = []
+        self._images = 0
+
+    def add_sinks(self, sinks: Iterable[Sink], *, images: int) -> None:
+        """Have progress and events go to these as well, until `close`; so many images were trained before."""
+        self._sinks += sinks
+        self._images = images
 
     def progress(self, progress: Progress) -> None:
         """Show how far the run is."""
-        if self._live:
-            with self._lock:
-                self._write("\r\x1b[K" + _human(progress), end="")
-                self._open_line = True
-        else:
-            values = asdict(progress)
-            values |= values.pop("readings")
-            fields = {name: _rounded(value) for name, value in values.items()}
-            self._json("progress", fields)
-
-    def event(self, name: str, message: str, **fields: object) -> None:
-        """Tell that something happened; `message` is for people, `fields` for machines."""
-        if not self._live:
-            self._json(name, {"message": message, **fields})
-            return
-        with self._lock:
-            self.close()
-            self._write(message)
-
-    def close(self) -> None:
-        """End the live line."""
-        if self._open_line:
-            self._write("")
-            self._open_line = False
-
-    def _json(self, name: str, fields: dict[str, Any]) -> None:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._write(json.dumps({"time": stamp, "event": name, **fields}))
-
-    def _write(self, text: str, end: str = "\n") -> None:
         if self._silent:
             return
-        with self._lock:
-            self._stream.write(text + end)
-            self._stream.flush()
+        values = asdict(progress)
+        if progress.verdict is None:
+            del values["verdict"]
+        values |= values.pop("readings")
+        if self._log.human:
+            self._log.show(_human(progress, self._log))
+        else:
+            self._log.json("progress", {name: _rounded(value) for name, value in values.items()})
+        self._images = progress.images
+        readings = numbers({name: values[name] for name in values if name not in ("step", "images")})
+        for sink in self._sinks:
+            sink.write(progress.step, progress.images, readings)
+
+    def event(self, name: str, message: str, **fields: Any) -> None:
+        """Tell that something happened; `message` is for people, `fields` for machines."""
+        if self._silent:
+            return
+        self._log.tell(name, message, **fields)
+        images = fields.get("images", self._images)
+        for sink in self._sinks:
+            sink.event(name, self._log.settings.redactor.text(message), images, numbers(fields))
+
+    def close(self) -> None:
+        """End the live line, and let the sinks write what they have."""
+        self._log.close()
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
 
 
-def _human(progress: Progress) -> str:
-    done = f"{100 * progress.fraction:5.1f}%  " if progress.fraction is not None else ""
-    left = f"  {_clock(progress.seconds_left)} left" if progress.seconds_left is not None else ""
-    told = "".join(SHOWN[name].format(value) for name, value in progress.readings.items() if name in SHOWN)
-    passed = f"  {progress.quarantined} quarantined" if progress.quarantined else ""
-    return (
-        f"{done}step {progress.step:,}  {progress.images:,} images  {progress.images_per_second:,.0f}/s  "
-        f"loss {progress.loss:.3f}{told}  data wait {100 * progress.data_wait_ratio:.0f}%{passed}{left}"
+def _human(progress: Progress, log: Log) -> str:
+    """Lay a line out that fits the terminal: what matters least is left out first, then the bar."""
+    parts = _parts(progress, log)
+    width = log.width - 1 if log.terminal else 10_000  # in the last column a terminal may break the line
+    bar = log.terminal and progress.fraction is not None
+    while True:
+        line = "  ".join(text for _, text in parts if text)
+        room = width - disp_len(line) - (1 if bar else 0)
+        if room >= (_SHORTEST_BAR if bar else 0) or len(parts) == 1:
+            break
+        parts.remove(max(parts, key=lambda part: part[0]))
+    if not bar:
+        return line
+    head, _, rest = line.partition("  ")
+    texts: dict[str, Any] = {"head": head, "rest": rest}
+    shown: str = tqdm.format_meter(
+        n=progress.fraction or 0.0,
+        total=1,
+        elapsed=0,
+        ncols=width,
+        ascii=not _has_blocks(log.stream),
+        bar_format="{head} {bar}  {rest}" if rest else "{head} {bar}",
+        **texts,
     )
+    return shown
+
+
+def _parts(progress: Progress, log: Log) -> list[tuple[int, str]]:
+    """Return what there is to say, in order, each with its rank among what can be done without."""
+    known = progress.readings.get("ln_prototypes")
+    against = f" (ln K {known:.3f})" if known is not None else ""
+    told = [(8, SHOWN[name].format(value)) for name, value in progress.readings.items() if name in SHOWN]
+    verdict = progress.verdict or ""
+    return [
+        (0, f"{100 * progress.fraction:3.0f}%" if progress.fraction is not None else ""),
+        (2, f"{_clock(progress.seconds_left)} left" if progress.seconds_left is not None else ""),
+        (1, f"loss {progress.loss:.3f}{against}"),
+        (1, log.paint(verdict.replace("_", " "), _COLOUR_OF.get(verdict, "red")) if verdict else ""),
+        (4, f"{progress.images_per_second:,.0f}/s"),
+        (5, f"step {progress.step:,}"),
+        *told,
+        (6, f"data wait {100 * progress.data_wait_ratio:.0f}%"),
+        (3, log.paint(f"{progress.quarantined} quarantined", "yellow") if progress.quarantined else ""),
+        (9, f"rate {progress.rate:.2g}"),
+        (7, f"{progress.images:,} images"),
+    ]
+
+
+def _has_blocks(stream: TextIO) -> bool:
+    try:
+        "█▏".encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _clock(seconds: float) -> str:

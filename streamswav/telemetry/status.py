@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamswav.telemetry.logs import own_log
+
 STATUS_FILE = "status.json"
 
 
@@ -25,9 +27,9 @@ class Status:
         self._lock = threading.Lock()  # checkpoints are told of by the thread that writes them
 
     def update(self, **values: Any) -> None:
-        """Take over what is new."""
+        """Take over what is new, without secrets."""
         with self._lock:
-            self._values |= plain(values)
+            self._values |= own_log().settings.redactor.tree(plain(values))
             if self._path is not None:
                 aside = self._path.with_suffix(".new")
                 aside.write_text(json.dumps(self._values))

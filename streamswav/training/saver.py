@@ -24,6 +24,7 @@ from streamswav.stream.manifest import Shard
 from streamswav.stream.outcomes import OUTCOMES, PassedOver
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store, redact
+from streamswav.telemetry.secrecy import without_secrets
 from streamswav.training.background import Background
 from streamswav.training.checkpoint import (
     Checkpoint,
@@ -327,15 +328,3 @@ class Saver:
                 place = new_list(store, self._config.run.directory, outcome, step)
                 store.write(place, lines.encode())
                 self._unlisted = [each for each in self._unlisted if each.outcome != outcome]
-
-
-def without_secrets(config: Config) -> Config:
-    """Return the configuration as it may lie in the run's folder: signed URLs without their queries."""
-    stream, model = config.stream, config.model
-    lists = {"urls": list(map(redact, stream.urls)), "exclude": list(map(redact, stream.exclude))}
-    return config.model_copy(
-        update={
-            "stream": stream.model_copy(update=lists),
-            "model": model.model_copy(update={"init": redact(model.init)}),
-        }
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from typing import Literal
 from streamswav.config import WatchdogSection
 from streamswav.errors import EXIT_RETRY
 from streamswav.heartbeat import Beat, Heartbeat, describe_hang
+from streamswav.telemetry.logs import own_log
 
 LOOK_SECONDS = 0.5
 
@@ -87,12 +88,22 @@ def _look(watchdog: Watchdog, over: threading.Event, rank: int) -> None:
     while not over.wait(LOOK_SECONDS):
         beat = watchdog.beat
         if beat.overdue and watchdog.beat is beat:
-            sys.stderr.write(f"streamswav: {describe_hang(beat, rank)}; it is ended\n")
-            faulthandler.dump_traceback(all_threads=True)
-            sys.stderr.flush()
+            _tell_hang(f"{describe_hang(beat, rank)}; it is ended")
             os._exit(EXIT_RETRY)
         if beat.limit:
             left = beat.since + beat.limit - time.monotonic()
             faulthandler.dump_traceback_later(max(0.0, left) + 4 * LOOK_SECONDS, exit=True)
         else:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _tell_hang(why: str) -> None:
+    """Tell the stacks of all threads, and why they are told."""
+    try:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            own_log().tell("stacks", "where all threads are", level="error", stacks=file.read().strip())
+    except OSError:  # no disk to write them to
+        faulthandler.dump_traceback(all_threads=True)
+    own_log().fail(why, EXIT_RETRY)

@@ -43,7 +43,9 @@ def saved_after(step):
 
 
 def told(outcome):
-    return [line.removeprefix("streamswav: ") for line in outcome.said if line.startswith("streamswav: ")]
+    """What the launcher says, and with which errors ranks and launcher end."""
+    said = [line.removeprefix("streamswav: ") for line in outcome.said if line.startswith("streamswav: ")]
+    return [event["message"] for event in outcome.of("launcher")] + said
 
 
 def test_a_rank_that_is_killed_is_named_and_all_go_on_from_the_last_checkpoint(command, tmp_path):
@@ -54,7 +56,8 @@ def test_a_rank_that_is_killed_is_named_and_all_go_on_from_the_last_checkpoint(c
         outcome = running.wait()
         assert running.left_behind() == []
     assert outcome.code == EXIT_DONE, outcome.err[-4000:]
-    assert re.search(r"rank 1 \(process \d+\) was killed by SIGKILL: .* out of memory", outcome.err)
+    (killed,) = (event for event in outcome.of("launcher") if event.get("signal") == "SIGKILL")
+    assert re.search(r"rank 1 \(process \d+\) was killed by SIGKILL: .* out of memory", killed["message"])
     assert "restart 1 of 1: all ranks go on from the last checkpoint" in told(outcome)
     (resumed,) = outcome.of("resumed")
     assert resumed["step"] >= 2
@@ -155,8 +158,9 @@ def test_a_hung_gang_is_ended_with_the_stacks_of_all_ranks(command, tmp_path):
         assert running.left_behind() == []
     assert outcome.code == EXIT_RETRY, outcome.err[-4000:]
     assert re.search(r"rank \d hangs: \d+ s in step \(watchdog.step_seconds = 2\)", outcome.err)
+    stacks_of = {each["rank"]: each["stacks"] for each in outcome.of("launcher") if "stacks" in each}
     for rank in (0, 1):
-        stacks = outcome.err.partition(f"rank {rank} (process")[2].partition("streamswav: ")[0]
+        stacks = stacks_of[rank]
         assert "most recent call first" in stacks
         assert "trainer.py" in stacks
 

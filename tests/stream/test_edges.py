@@ -22,10 +22,10 @@ from streamswav.stream.reader import ShardReader
 from streamswav.stream.samples import LaneReader, name_samples
 from streamswav.stream.select import Selection
 from streamswav.stream.store import Store
+from streamswav.telemetry.secrecy import without_secrets
 from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed, FeedSettings
-from streamswav.training.saver import without_secrets
 
 GRID = Grid(16, 2, 1, 8)
 

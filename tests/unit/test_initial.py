@@ -6,7 +6,7 @@ from tiny_run import save_tiny_run, tiny_config
 
 from streamswav.errors import CheckpointError, ConfigError
 from streamswav.models import build_network
-from streamswav.training.saver import without_secrets
+from streamswav.telemetry.secrecy import without_secrets
 from streamswav.transfer.weights.initial import begin_with, read_initial
 
 STORAGE = tiny_config().storage

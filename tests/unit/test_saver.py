@@ -23,6 +23,7 @@ from streamswav.stream.outcomes import PassedOver
 from streamswav.stream.position import Position
 from streamswav.stream.store import Store
 from streamswav.swav import FeatureQueue
+from streamswav.telemetry.secrecy import without_secrets
 from streamswav.training.build import build_learner
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint, unpack
 from streamswav.training.distributed import Ranks
@@ -32,7 +33,7 @@ from streamswav.training.restore import (
     load_into,
     refuse_other_model,
 )
-from streamswav.training.saver import Saver, without_secrets
+from streamswav.training.saver import Saver
 from streamswav.training.swav_learner import _own_queue
 
 BATCH, DIM, CROPS = 8, 4, 2

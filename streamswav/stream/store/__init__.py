@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from streamswav.config import StorageSection
 from streamswav.errors import NotFoundError, UnsupportedError
+from streamswav.redact import redact
 from streamswav.stream.store.identity import Identity, find_identity
 from streamswav.stream.store.local import LocalFiles
 from streamswav.stream.store.retry import OnRequest
@@ -30,7 +31,6 @@ from streamswav.stream.store.urls import (
     is_pattern,
     join,
     matches,
-    redact,
     scheme_of,
 )
 from streamswav.stream.store.web import Web

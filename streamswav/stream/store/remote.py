@@ -31,10 +31,11 @@ from botocore.parsers import ResponseParserError
 
 from streamswav.config import StorageSection
 from streamswav.errors import ConfigError, UnsupportedError
+from streamswav.redact import redact
 from streamswav.stream.store.retry import IdentityError, OnRequest, Retrier, TransientError
 from streamswav.stream.store.throttle import shared_throttle
 from streamswav.stream.store.transfer import Transfer, refusal
-from streamswav.stream.store.urls import ObjectInfo, redact
+from streamswav.stream.store.urls import ObjectInfo
 
 CONNECTIONS = 64
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from streamswav.errors import DeniedError, NotFoundError, UnavailableError
+from streamswav.redact import redact
 from streamswav.stream.store.throttle import Throttle
-from streamswav.stream.store.urls import redact
 
 BASE_SECONDS = 0.1
 CAP_SECONDS = 20.0

@@ -13,12 +13,13 @@ from botocore.exceptions import ClientError
 
 from streamswav.config import StorageSection
 from streamswav.errors import ChangedError, ConfigError, NotFoundError, UnsupportedError
+from streamswav.redact import redact
 from streamswav.stream.store.clients import Clients
 from streamswav.stream.store.remote import Remote
 from streamswav.stream.store.retry import OnRequest
 from streamswav.stream.store.transfer import Transfer
 from streamswav.stream.store.upload import PART_BYTES, Upload
-from streamswav.stream.store.urls import ObjectInfo, redact
+from streamswav.stream.store.urls import ObjectInfo
 
 __all__ = ["CHUNK_BYTES", "PART_BYTES", "S3"]
 
@@ -37,6 +38,9 @@ class S3(Remote):
             raise ConfigError(
                 "storage.endpoint_url", "must be http://HOST:PORT or https://HOST", value=redact(endpoint)
             )
+        if endpoint is not None and "@" in urlsplit(endpoint).netloc:  # requests are signed, or go without
+            reason = "holds a user, which S3 does not know; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise ConfigError("storage.endpoint_url", reason, value=redact(endpoint))
         self._clients = Clients(section)
         self._close_at_exit(self._clients.close)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from streamswav.errors import ChangedError, DeniedError, NotFoundError, StorageError, UnsupportedError
+from streamswav.redact import redact
 from streamswav.stream.store.retry import IdentityError, TransientError
-from streamswav.stream.store.urls import redact
 
 _MISSING = {"NoSuchBucket": "there is no such bucket", "NoSuchKey": "there is no such object"}
 _IDENTITY = {

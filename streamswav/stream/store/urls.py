@@ -1,4 +1,4 @@
-"""Names of stored objects: joining, matching and redacting them. Nothing here touches a store."""
+"""Names of stored objects: joining and matching them. Nothing here touches a store."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import re
 from dataclasses import dataclass
 
 from streamswav.errors import UnsupportedError
+from streamswav.redact import redact
 
 LOCAL = ("", "file")
 HTTP = ("http", "https")
 SCHEMES = (*LOCAL, *HTTP, "s3")
 
 _MAGIC = re.compile(r"[*?\[]")
-_USER = re.compile(r"(?<=://)[^/@\s]+@")
-_QUERY = re.compile(r"[?#][^\s'\")]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +38,6 @@ def scheme_of(url: str) -> str:
         known = "a path, file://, s3://, http:// or https://"
         raise UnsupportedError(redact(url), f"unknown scheme {scheme!r}; what can be read is {known}")
     return scheme
-
-
-def redact(url: str) -> str:
-    """Return the URL fit for a log: without user, password, query string and fragment."""
-    if url.startswith("@"):  # a list of URLs
-        return "@" + redact(url[1:])
-    if url.partition("://")[0] not in (*HTTP, "s3"):
-        return url
-    return _QUERY.sub("", _USER.sub("", url))
 
 
 def join(base: str, *parts: str) -> str:

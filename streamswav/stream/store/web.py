@@ -10,9 +10,10 @@ from typing import BinaryIO
 import aiohttp
 
 from streamswav.errors import UnsupportedError
+from streamswav.redact import redact
 from streamswav.stream.store.remote import CONNECTIONS, Remote
 from streamswav.stream.store.transfer import Transfer
-from streamswav.stream.store.urls import ObjectInfo, redact
+from streamswav.stream.store.urls import ObjectInfo
 
 
 class Web(Remote):
