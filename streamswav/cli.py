@@ -21,6 +21,7 @@ from streamswav.arguments import Parser
 from streamswav.config import Config, dump_config, load_config
 from streamswav.defaults import FINETUNE_BASE
 from streamswav.drain import drain_on_signals
+from streamswav.ends import leave_reason, reason_of
 from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
 from streamswav.heartbeat import AGENT, FOLDER_VARIABLE, METRICS_VARIABLE, attach
 from streamswav.redact import Redactor
@@ -63,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder := os.environ.get(FOLDER_VARIABLE):
         attach(Path(folder), _local_rank())
     try:
-        if argv[:1] == ["launch"]:
-            return _launch(argv[1:])
-        arguments = _parse(argv)
-        code = arguments.run(arguments)
+        with _reason_left():
+            if argv[:1] == ["launch"]:
+                return _launch(argv[1:])
+            arguments = _parse(argv)
+            code = arguments.run(arguments)
     except StreamswavError as error:
         if not isinstance(error, ConfigError) or _local_rank() == 0:  # all ranks have the same configuration
             log.fail(str(error), error.exit_code)
@@ -81,6 +83,17 @@ def _set_up_logs(*, launcher: bool) -> Log:
     rank = None if launcher else int(os.environ.get("RANK", "0"))
     colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return set_up_logs(LogSettings(rank=rank, colour=colour, redactor=Redactor.of(os.environ)))
+
+
+@contextmanager
+def _reason_left() -> Iterator[None]:
+    """Leave the launcher, as a rank of it, a word of what ends this process."""
+    try:
+        yield
+    except BaseException as error:
+        if folder := os.environ.get(FOLDER_VARIABLE):
+            leave_reason(Path(folder), _local_rank(), reason_of(error))
+        raise
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

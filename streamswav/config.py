@@ -388,8 +388,10 @@ class LowshotSection(Section):
 class TelemetrySection(Section):
     """Logs and metrics."""
 
-    port: Annotated[int, Field(ge=0, le=65535), _Whole] = Field(9404, description="of /metrics; 0: none")
-    bind: str = Field("0.0.0.0", description="address of /metrics")  # noqa: S104 - scraped from outside the pod
+    port: Annotated[int, Field(ge=0, le=65535), _Whole] = Field(
+        9404, description="of /metrics, /healthz, /readyz and /status; 0: none"
+    )
+    bind: str = Field("0.0.0.0", description="address of these")  # noqa: S104 - scraped from outside the pod
     log_seconds: Positive = Field(10.0, description="between log lines")
     log_format: Literal["auto", "json", "human"] = Field(
         "auto", description="of the log: JSON lines, lines for people, or by whether stderr is a terminal"
@@ -401,6 +403,11 @@ class TelemetrySection(Section):
         "", description="folder of this machine for what sinks keep; default: run.directory, if it is local"
     )
     wandb_project: str = Field("streamswav", description="project of Weights & Biases")
+    linger_seconds: Annotated[float, Field(ge=0)] = Field(
+        30.0,
+        description="how long a launcher that was scraped waits at the end for one more scrape, which sees "
+        "how the run ended; after a signal at most 2",
+    )
 
 
 class Config(Section):

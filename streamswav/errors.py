@@ -17,6 +17,7 @@
     ├── CheckpointError                 78  a checkpoint of another model, or none that is whole
     ├── LeaseError                      78  another process writes to the run
     ├── NonFiniteError                  78  loss or gradient is not a number
+    ├── LoaderDiedError                 1   a loader process was killed
     ├── PeerError                       75  another rank or node is gone, or never came
     └── DrainedError                    75  stopped by a signal, saved, restart for free
 
@@ -154,6 +155,14 @@ class NonFiniteError(StreamswavError):
     """The loss or a gradient became infinite or not a number."""
 
     exit_code = EXIT_CONFIG
+
+
+class LoaderDiedError(StreamswavError):
+    """A loader process was killed; `cause` is a label: host_oom, shm, signal or other."""
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class PeerError(StreamswavError):

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerState,
 )
 
+from streamswav.ends import count_memory_kills, reason_of_end
 from streamswav.errors import (
     EXIT_CONFIG,
     EXIT_DONE,
@@ -88,6 +89,7 @@ class Member:
     Attributes:
         code: how it ended, negative for a signal; None: it runs.
         ended_by_us: it was sent SIGKILL by its launcher.
+        reason: why it ended, in a word.
     """
 
     rank: int
@@ -97,6 +99,7 @@ class Member:
     started: float
     code: int | None = None
     ended_by_us: bool = False
+    reason: str = ""
 
     @property
     def beat(self) -> Beat:
@@ -109,9 +112,9 @@ class Member:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def kill(self) -> None:
-        """End it at once."""
-        self.ended_by_us = True
+    def kill(self, reason: str) -> None:
+        """End it at once, for this reason if it has none of its own."""
+        self.ended_by_us, self.reason = True, self.reason or reason
         self.send(signal.SIGKILL)
 
 
@@ -126,6 +129,7 @@ class Gang(SimpleElasticAgent):
         environment: of the ranks, beside what makes them ranks.
         folder: for what launcher and ranks share.
         attempt: restarts so far.
+        on_end: hears why each rank ended, in a word.
 
     Attributes:
         members: the ranks; empty until all launchers have come.
@@ -142,6 +146,7 @@ class Gang(SimpleElasticAgent):
         environment: Mapping[str, str],
         folder: Path,
         attempt: int = 0,
+        on_end: Callable[[str], None] = lambda _: None,
     ) -> None:
         spec = WorkerSpec(
             role="rank",
@@ -155,6 +160,7 @@ class Gang(SimpleElasticAgent):
         super().__init__(spec, exit_barrier_timeout=_BARRIER_SECONDS)
         self._command, self._options, self._stop = command, options, stop
         self._environment, self._folder, self._attempt = environment, folder, attempt
+        self._on_end, self._memory_kills = on_end, count_memory_kills()
         self.members: list[Member] = []
         self.hung = False
         self.starting = threading.Lock()
@@ -244,6 +250,14 @@ class Gang(SimpleElasticAgent):
             if member := by_pid.get(pid):
                 member.code = member.process.returncode = os.waitstatus_to_exitcode(status)
                 self._tell_end(member)
+                self._count_end(member)
+
+    def _count_end(self, member: Member) -> None:
+        code, killed = member.code or 0, count_memory_kills() > self._memory_kills
+        member.reason = member.reason or reason_of_end(
+            self._folder, member.local_rank, code, out_of_memory=killed
+        )
+        self._on_end(member.reason)
 
     def _tell_end(self, member: Member) -> None:
         code, meaning = member.code, self._meaning(member)
@@ -260,7 +274,7 @@ class Gang(SimpleElasticAgent):
     def _drain(self) -> None:
         """Pass a signal on once, and give the ranks time to save."""
         if self._stop.now:
-            self._kill("interrupted again: the ranks are ended at once")
+            self._kill("interrupted again: the ranks are ended at once", reason="signal")
         elif self._stop.asked and self._drained_at is None:
             self._drained_at = time.monotonic()
             for member in self.running:
@@ -269,7 +283,9 @@ class Gang(SimpleElasticAgent):
             waited = time.monotonic() - self._drained_at
             starting = all(member.beat.phase == "startup" for member in self.running)
             if starting and waited > _STARTUP_GRACE_SECONDS:
-                self._kill("the ranks are ended: they had not begun, and have nothing to save")
+                self._kill(
+                    "the ranks are ended: they had not begun, and have nothing to save", reason="signal"
+                )
             elif waited > self._options.grace_seconds:
                 self._end_with_stacks(
                     f"the ranks did not end within {self._options.grace_seconds:g} s of a signal "
@@ -302,6 +318,7 @@ class Gang(SimpleElasticAgent):
             self._suspect = first
             return
         member, beat = first
+        member.reason = "hang"
         self._end_with_stacks(f"{describe_hang(beat, member.rank)}; the ranks of this machine are ended")
 
     def _end_with_stacks(self, why: str) -> None:
@@ -331,14 +348,14 @@ class Gang(SimpleElasticAgent):
         where = f"rank {member.rank} (process {member.process.pid}), in {member.beat.phase}"
         say(where, rank=member.rank, stacks=text)
 
-    def _kill(self, why: str = "", *, spare: str = "") -> None:
-        """End the ranks at once, but those that are in the phase to be spared."""
+    def _kill(self, why: str = "", *, spare: str = "", reason: str = "peer") -> None:
+        """End the ranks at once, but those that are in the phase to be spared; told why, and in a word."""
         running = [member for member in self.running if not member.ended_by_us]
         if running and why:
             say(why)
         for member in running:
             if not spare or member.beat.phase != spare:
-                member.kill()
+                member.kill(reason)
 
     def _stop_workers(self, worker_group: WorkerGroup, *_: Any, **__: Any) -> None:  # noqa: ARG002
         self._kill()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from streamswav.config import Config
 from streamswav.errors import (
     EXIT_FAILED,
     EXIT_RETRY,
@@ -28,8 +29,11 @@ from streamswav.errors import (
 from streamswav.gang import Gang, Stop, say
 from streamswav.heartbeat import AGENT
 from streamswav.launch_options import LaunchOptions, parse_launch
+from streamswav.pod import Pod, linger
+from streamswav.telemetry.exporter import Source, serve
 from streamswav.telemetry.logs import own_log
 
+_TRAINING = ("pretrain", "cooldown", "finetune")
 _LOOK_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 10.0
 _STOPPED = "stopped by a signal before the ranks were started: the same command begins again"
@@ -40,7 +44,7 @@ def launch(
     environment: Mapping[str, str],
     *,
     commands: Sequence[str],
-    check: Callable[[Sequence[str]], object],
+    check: Callable[[Sequence[str]], Config],
 ) -> int:
     """Start ranks of a command, and return the exit code that their ends amount to.
 
@@ -48,27 +52,35 @@ def launch(
         arguments: flags, then the command.
         environment: of this process.
         commands: names of those that can have ranks.
-        check: refuses a command that cannot work, before anything is started.
+        check: returns the configuration of a command, or refuses one that cannot work.
 
     Raises:
-        ConfigError: a flag, a variable, or the command's configuration.
+        ConfigError: a flag, a variable, or the command's configuration; or the port of the metrics is in use.
     """
     options, command = parse_launch(arguments, environment)
     if command[0] not in commands:
         reason = f"has no ranks; launch is for {', '.join(commands)}"
         raise ConfigError("launch", reason, value=command[0])
-    check(command)
+    telemetry = check(command).telemetry
+    # What only measures has no metrics: its launcher serves those of the pod where that is asked for.
+    port = telemetry.port if command[0] in _TRAINING or "port" in telemetry.model_fields_set else 0
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with _listening() as stop:
+    pod = Pod(options.node)
+    source = Source(pod.metrics, status=pod.status, ready=pod.ready)
+    with serve(source, port=port, bind=telemetry.bind) as endpoint, _listening() as stop:
         try:
-            code = _run(options, command, environment, stop)
+            code = _run(options, command, environment, stop, pod)
         except StreamswavError as error:
             own_log().fail(str(error), error.exit_code)
             code = error.exit_code
+        pod.end(code, stop)
+        linger(endpoint, telemetry.linger_seconds, stop)
     return options.retry_code if code == EXIT_RETRY else code
 
 
-def _run(options: LaunchOptions, command: Sequence[str], environment: Mapping[str, str], stop: Stop) -> int:
+def _run(
+    options: LaunchOptions, command: Sequence[str], environment: Mapping[str, str], stop: Stop, pod: Pod
+) -> int:
     """Start the ranks, again and again where that was asked for, and return how it ended."""
     if options.address is not None:
         _await_name(options.address, options.dns_seconds, stop)
@@ -83,8 +95,11 @@ def _run(options: LaunchOptions, command: Sequence[str], environment: Mapping[st
                 environment=environment,
                 folder=Path(folder),
                 attempt=attempt,
+                on_end=pod.ended,
             )
+            pod.begin(gang, Path(folder), attempt)
             code = _run_gang(gang, stop)
+            pod.keep_status()
         if code != EXIT_FAILED or stop.asked or attempt == options.max_restarts:
             break
         say(f"restart {attempt + 1} of {options.max_restarts}: all ranks go on from the last checkpoint")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from streamswav.errors import StreamswavError
+from streamswav.errors import LoaderDiedError, StreamswavError
 from streamswav.telemetry.logs import LogSettings, own_log, set_up_logs
 
 PATIENCE_SECONDS = 1.0
@@ -141,14 +141,21 @@ def _take(items: Iterator[Made]) -> Iterator[Made | Failed | None]:
             if str(error).startswith("DataLoader timed out"):
                 yield None
             elif str(error).startswith("DataLoader worker"):
-                yield Failed(StreamswavError(_DIED))
+                yield Failed(LoaderDiedError(_DIED, _cause(str(error))))
             else:
                 raise
         except (ConnectionError, EOFError, FileNotFoundError):
             # The tensors of a process that died are fetched in vain.
-            yield Failed(StreamswavError(_DIED))
+            yield Failed(LoaderDiedError(_DIED, "host_oom"))
         else:
             yield item
+
+
+def _cause(said: str) -> str:
+    """Tell from the DataLoader's words what a process died of."""
+    if "Bus error" in said:
+        return "shm"
+    return "host_oom" if "Killed" in said else "signal" if "by signal" in said else "other"
 
 
 def _prepare_worker(number: int, *, leash: Connection, logs: LogSettings) -> None:
