@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +54,30 @@ class _Errand(IterableDataset["_Done | Failed"]):
 
 
 @dataclass(frozen=True)
+class _Counted(IterableDataset[Made]):
+    """Counts, over all loader processes, the items that were made.
+
+    Attributes:
+        items: what is made.
+        made: how many there were, shared.
+    """
+
+    items: IterableDataset[Made]
+    made: Synchronized[int]
+
+    @property
+    def so_far(self) -> int:
+        """How many there were; without the lock, which a process that was killed may hold."""
+        return int(self.made.get_obj().value)
+
+    def __iter__(self) -> Iterator[Made]:
+        for item in self.items:
+            with self.made.get_lock():
+                self.made.value += 1
+            yield item
+
+
+@dataclass(frozen=True)
 class _Done:
     answer: Any
 
@@ -82,9 +107,21 @@ def run_errand(work: Callable[[], Made], *, workers: int, give_up: Callable[[], 
 
 @contextmanager
 def open_loader(
-    batches: IterableDataset[Made], *, workers: int, prefetch: int = 2, pin_memory: bool = False
+    batches: IterableDataset[Made],
+    *,
+    workers: int,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    on_take: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Iterator[Made | Failed | None]]:
     """Run the loader processes for as long as the context lasts; `workers=0`: the rank does their work.
+
+    Args:
+        batches: what they make.
+        workers: how many there are.
+        prefetch: items that each makes ahead.
+        pin_memory: have them in page-locked memory.
+        on_take: called before an item is waited for with the number of those that are made.
 
     Yields:
         An iterator over what they make, in order. It gives None where nothing came for `PATIENCE_SECONDS`,
@@ -96,8 +133,9 @@ def open_loader(
     start_fork_server()
     context = multiprocessing.get_context("forkserver")
     leash, end = context.Pipe(duplex=False)
+    counted = _Counted(batches, context.Value("q", 0))
     loader = DataLoader(
-        batches,
+        counted,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch,
@@ -110,7 +148,7 @@ def open_loader(
         multiprocessing_context=context,
     )
     with leash, end:
-        yield _take(iter(loader))
+        yield _take(iter(loader), counted, on_take)
 
 
 def start_fork_server() -> None:
@@ -129,9 +167,13 @@ def start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _take(items: Iterator[Made]) -> Iterator[Made | Failed | None]:
+def _take(
+    items: Iterator[Made], counted: _Counted[Any], on_take: Callable[[int], None]
+) -> Iterator[Made | Failed | None]:
     """Give the items as they come, None where none comes, and what became of processes that died."""
+    taken = 0
     while True:
+        on_take(max(0, counted.so_far - taken))
         try:
             item = next(items)
         except StopIteration:
@@ -148,6 +190,7 @@ def _take(items: Iterator[Made]) -> Iterator[Made | Failed | None]:
             # The tensors of a process that died are fetched in vain.
             yield Failed(LoaderDiedError(_DIED, "host_oom"))
         else:
+            taken += 1
             yield item
 
 

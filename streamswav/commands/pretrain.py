@@ -17,7 +17,7 @@ from streamswav.config import Config
 from streamswav.crops import Augment
 from streamswav.defaults import Choice, Facts, known, resolve
 from streamswav.drain import Drain
-from streamswav.planning import largest_batch
+from streamswav.planning import images_bound, largest_batch, recognise
 from streamswav.training.build import build_learner
 from streamswav.training.distributed import Ranks
 from streamswav.training.pace import Pace
@@ -47,6 +47,7 @@ def pretrain(config: Config, drain: Drain) -> dict[str, Any]:
         prepare=initial.prepare,
         finish=_finish,
         evaluator=_build_probe,
+        images_bound=_images_bound,
     )
     return run_training(config, drain, program)
 
@@ -83,6 +84,15 @@ def _build_probe(run: Run, drain: Drain) -> Probe | None:
     if run.config.evaluation.every is None:
         return None
     return Probe(run.config, run.ranks, run.store, run.reporter, give_up=drain)
+
+
+def _images_bound(run: Run) -> float | None:
+    """Return it for GPUs of a known type. **Not yet run on a GPU.**"""
+    if run.ranks.device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(run.ranks.device)
+    gpu = recognise(found.name, found.total_memory)
+    return images_bound(run.config, gpu, world_size=run.ranks.world_size) if gpu else None
 
 
 def _finish(run: Run, *_: object) -> Mapping[str, Any]:

@@ -45,6 +45,8 @@ class Program:
         parts: returns what crops the images, if not as pretraining does, and what tells their labels.
         finish: returns what the summary says beside what each one does, given the steps and images of the
             run that is done.
+        images_bound: returns the images a second that the arithmetic of the ranks' GPUs allows; None where it
+            is not known. Called on rank 0 alone.
         evaluator: returns what measures the run while it is trained.
     """
 
@@ -53,4 +55,5 @@ class Program:
     prepare: Callable[[Config, Start], Config] = lambda config, _: config
     parts: Callable[[Run], tuple[MultiCrop | None, Labels | None]] = lambda _: (None, None)
     finish: Callable[[Run, Task, int, int], Mapping[str, Any]] = lambda *_: {}
+    images_bound: Callable[[Run], float | None] = lambda _: None
     evaluator: Callable[[Run, Drain], Evaluator | None] = lambda *_: None

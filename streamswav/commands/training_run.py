@@ -28,7 +28,8 @@ from streamswav.commands.summary import summarise
 from streamswav.config import Config, dump_config
 from streamswav.defaults import Choice, Facts, known
 from streamswav.drain import Drain
-from streamswav.errors import ConfigError, DrainedError, ManifestError, StreamswavError
+from streamswav.ends import reason_of
+from streamswav.errors import ConfigError, DrainedError, ManifestError
 from streamswav.planning import trunk_parameters
 from streamswav.stream.store import Store, join, redact
 from streamswav.telemetry.exporter import Source, serve
@@ -92,9 +93,10 @@ def run_training(config: Config, drain: Drain, program: Program) -> dict[str, An
             with hold_lease(config, ranks, reporter) as lease:
                 run = _prepare(config, ranks, metrics, reporter, lease=lease, program=program)
                 return _train(run, program, drain, watchdog, status)
-        except StreamswavError as error:
+        except Exception as error:
             state = "draining" if isinstance(error, DrainedError) else "failed"
             metrics.set_state(state)
+            metrics.add("worker_exits_total", 1, reason_of(error))
             status.update(state=state)
             raise
 
@@ -199,6 +201,7 @@ def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog, status:
     run.metrics.set("checkpoint_interval_seconds", 60 * (config.checkpoint.minutes or math.inf))
     trainer, feed, task = _build_trainer(run, program, saver, monitor, restored, drain=drain)
     task.learner.clock = monitor.clock
+    monitor.images_bound = program.images_bound(run) if ranks.leads else None
     loss_first = restored.loss_first if restored else None
     del restored  # it holds a model and an optimizer
     if trainer.done:

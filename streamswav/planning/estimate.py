@@ -212,6 +212,20 @@ def _resolve(request: Request) -> Config:
     return resolve(request.config, facts)[0]
 
 
+def images_bound(config: Config, gpu: Gpu, *, world_size: int) -> float:
+    """Return the images a second that the arithmetic of so many GPUs allows at its peak: an MFU of 1.
+
+    Args:
+        config: resolved.
+        gpu: of each rank.
+        world_size: ranks that share the batch.
+    """
+    local = known(config.training.batch) // world_size
+    with torch.random.fork_rng(devices=[]):
+        flops = count_flops(rehearse(config, world_size=world_size).ledger, local=local)
+    return world_size * gpu.peak(config.training.precision or "float32") / flops.image
+
+
 def trunk_parameters(config: Config) -> int:
     """Count the parameters of the trunk without building it.
 

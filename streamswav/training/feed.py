@@ -31,6 +31,7 @@ from streamswav.stream.tar import TarSample
 from streamswav.training.budgets import Budgets
 from streamswav.training.distributed import Ranks
 from streamswav.training.growth import Growth
+from streamswav.training.outlook import LaneBytes, Outlook, look_ahead
 
 _LOOK_UP_SECONDS = 0.5
 
@@ -115,6 +116,7 @@ class Feed:
         self._sample_bytes = 0
         self._batches = 0
         self._on_probation = True
+        self._lane_bytes: LaneBytes | None = None
         self.drained = False
         self.save_agreed = self.log_agreed = False
         self.unwritten: list[PassedOver] = []
@@ -133,6 +135,10 @@ class Feed:
     def skipped(self) -> int:
         """Samples and stretches quarantined by all ranks, this moment."""
         return self.position.total("quarantined").samples + len(self.position.damages)
+
+    def look_ahead(self) -> Outlook:
+        """Return what is ahead of the position, as of the last `synchronise`."""
+        return look_ahead(self.position, self.manifest, run_bytes=self._run_bytes, lanes=self._lane_bytes)
 
     def __iter__(self) -> Iterator[Batch]:
         while not (self.position.finished or self.drained):
@@ -192,9 +198,19 @@ class Feed:
             crop=self._crop,
             labels=self._labels,
         )
-        settings, pin_memory = self._settings, self._ranks.device.type == "cuda"
+        self._lane_bytes = LaneBytes(plan, self._sizes) if self._ranks.leads else None
+        settings, pin_memory, metrics = (
+            self._settings,
+            self._ranks.device.type == "cuda",
+            self._reader.metrics,
+        )
+        metrics.set("prefetch_queue_capacity_items", settings.workers * settings.prefetch)
         with open_loader(
-            batches, workers=settings.workers, prefetch=settings.prefetch, pin_memory=pin_memory
+            batches,
+            workers=settings.workers,
+            prefetch=settings.prefetch,
+            pin_memory=pin_memory,
+            on_take=lambda waiting: metrics.set("prefetch_queue_items", waiting),
         ) as items:
             for item in items:
                 if item is None and not self._hooks.drain():

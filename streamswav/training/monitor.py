@@ -21,7 +21,9 @@ from streamswav.telemetry.status import Status
 from streamswav.training.checkpoint import Checkpoint
 from streamswav.training.distributed import Ranks
 from streamswav.training.learner import StepResult
+from streamswav.training.measures import GpuMeter, compute_seconds, show_outlook, show_spread
 from streamswav.training.open_steps import Settled
+from streamswav.training.outlook import Outlook
 from streamswav.training.phases import make_clock
 from streamswav.training.watchdog import Watchdog
 
@@ -35,6 +37,7 @@ class Monitor:
         loss_first: loss of the run's first step.
         loss_last: mean loss of the steps between the last two logs.
         images_per_second: over this process' whole training.
+        images_bound: images a second of all ranks that the arithmetic of their GPUs allows; None: not known.
     """
 
     def __init__(
@@ -57,6 +60,9 @@ class Monitor:
         self._phases: defaultdict[str, float] = defaultdict(float)
         self._state = "init"
         self._images_begun = self._images_logged = 0
+        self._gpu = GpuMeter(metrics, ranks)
+        self.images_bound: float | None = None
+        self._grad_norm = torch.zeros((), device=ranks.device)
         self._losses = torch.zeros((), device=ranks.device)
         self._counted = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._steps = 0
@@ -109,6 +115,8 @@ class Monitor:
         if self.loss_first is None:  # the first step is logged at once, so it may be read
             first = self._mean_over_ranks(float(result.loss))
             self.loss_first = first if math.isfinite(first) else None
+        began = time.perf_counter()
+        self._grad_norm = result.grad_norm
         # A loss that is not finite was skipped with its step.
         self._losses += torch.where(result.skipped, 0.0, result.loss)
         self._counted += result.skipped.logical_not()
@@ -120,6 +128,7 @@ class Monitor:
         metrics.set("last_step_timestamp_seconds", time.time())
         metrics.set("learning_rate", rate)
         self._stepped, self._trained = now, images
+        metrics.add("telemetry_seconds_total", time.perf_counter() - began)
 
     def settled(self, settled: Settled, *, in_a_row: int) -> None:
         """Record which of the last steps counted."""
@@ -175,6 +184,7 @@ class Monitor:
         rate: float,
         quarantined: int,
         read: Callable[[], Mapping[str, float]],
+        ahead: Callable[[], Outlook] | None = None,
     ) -> None:
         """Read the loss and what else there is from the device, tell it; every rank, after the same step."""
         if self._steps == 0:
@@ -183,8 +193,11 @@ class Monitor:
         with self.clock.waiting():
             counted = int(self._counted)
         self._account(self.clock.settle())
-        loss = self._mean_over_ranks(float(self._losses) / counted if counted else math.nan)
-        readings = read()
+        own = float(self._losses) / counted if counted else math.nan
+        shares = self._ranks.gather((own, compute_seconds(self._phases, self._steps)))
+        loss = sum(each for each, _ in shares) / len(shares)
+        began = time.perf_counter()
+        readings = {"gradient_norm/all": float(self._grad_norm), **read()}
         now = time.perf_counter()
         seconds = max(now - self._logged, 1e-9)
         elapsed = now - self._began
@@ -211,6 +224,13 @@ class Monitor:
         self._reporter.progress(progress)
         told = asdict(progress)
         self._status.update(**{name: told[name] for name in _IN_STATUS})
+        show_spread(self.metrics, [seconds for _, seconds in shares])
+        self._gpu.show()
+        if self.images_bound is not None:
+            self.metrics.set("mfu_ratio", speed / self.images_bound)
+        if ahead is not None and self._ranks.leads:
+            show_outlook(self.metrics, ahead())
+        self.metrics.add("telemetry_seconds_total", time.perf_counter() - began)
         self._logged, self._images_logged, self._phases, self._steps = now, images, defaultdict(float), 0
         self._losses.zero_()
         self._counted.zero_()

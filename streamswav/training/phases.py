@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,11 +75,14 @@ class DevicePhaseClock(PhaseClock):
     What the host spends on phases of the device (launching, and waiting for it) is shared among these as the
     device's own time is, which events tell that are recorded as each phase begins. They are read only when
     the device has passed them. **Not yet run on a GPU.**
+
+    Args:
+        make_event: returns a new event with `record()` and, in milliseconds, `elapsed_time(later)`.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, make_event: Callable[[], Any]) -> None:
         super().__init__()
-        self._event = getattr(torch, device_type).Event
+        self._make_event = make_event
         self._free: list[Any] = []
         self._marks: list[tuple[str, Any]] = []
         self._pool = 0.0
@@ -92,7 +96,7 @@ class DevicePhaseClock(PhaseClock):
         """Begin a phase, also on the device."""
         before = super().enter(phase)
         if len(self._marks) < MOST_MARKS and (phase in DEVICE_PHASES or before in DEVICE_PHASES):
-            event = self._free.pop() if self._free else self._event(enable_timing=True)
+            event = self._free.pop() if self._free else self._make_event()
             event.record()
             self._marks.append((phase, event))
         return before
@@ -132,4 +136,6 @@ class DevicePhaseClock(PhaseClock):
 
 def make_clock(device: torch.device) -> PhaseClock:
     """Return the clock for a device."""
-    return PhaseClock() if device.type == "cpu" else DevicePhaseClock(device.type)
+    if device.type == "cpu":
+        return PhaseClock()
+    return DevicePhaseClock(partial(getattr(torch, device.type).Event, enable_timing=True))

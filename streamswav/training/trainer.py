@@ -164,6 +164,7 @@ class Trainer:
             rate=rate,
             quarantined=feed.skipped,
             read=self._task.readings,
+            ahead=feed.look_ahead,
         )
         try:
             steps.check(self.step, last=last)

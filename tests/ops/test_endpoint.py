@@ -68,8 +68,9 @@ def value(values, name, **labels):
 
 def scrape_to_the_end(running, port):
     """The last answer before the launcher goes."""
-    last = {}
+    last, deadline = {}, time.monotonic() + 120
     while not running.ended:
+        assert time.monotonic() < deadline, running.so_far().err[-3000:]
         last = values_of(scrape_text(port)) or last
         time.sleep(0.02)
     return last
@@ -163,7 +164,7 @@ def test_who_scrapes_sees_that_the_run_is_done(story):
 
 def test_a_hung_rank_is_told_by_its_reason(command, tmp_path):
     port = free_port()
-    made = command(tmp_path / "run", port=port, watchdog={"step_seconds": 3})
+    made = command(tmp_path / "run", port=port, watchdog={"step_seconds": 4, "checkpoint_seconds": 4})
     with start_ranks(2, made, tmp_path / "out", launcher=[]) as running:
         scrape_until(running, port, lambda now: value(now, "step") >= 2)
         os.kill(running.ranks()[1], signal.SIGSTOP)

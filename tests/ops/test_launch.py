@@ -257,7 +257,7 @@ def test_a_node_whose_peer_is_lost_ends_by_itself(lost, command, tmp_path):
 def launched(*given, environment=None):
     """The end of a launcher that gets no further than to its ranks."""
     done = subprocess.run(
-        [COMMAND, "launch", *given, "pretrain"],
+        [COMMAND, "launch", *given, "pretrain", "--telemetry.port", "0"],
         check=False,
         capture_output=True,
         text=True,

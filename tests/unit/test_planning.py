@@ -12,7 +12,15 @@ from streamswav.config import parse_config
 from streamswav.defaults import Facts, resolve
 from streamswav.errors import ConfigError
 from streamswav.models import build_network
-from streamswav.planning import GPUS, Request, find_gpu, largest_batch, make_plan
+from streamswav.planning import (
+    GPUS,
+    Request,
+    find_gpu,
+    images_bound,
+    largest_batch,
+    make_plan,
+    recognise,
+)
 from streamswav.planning.ledger import (
     ACTIVATIONS,
     BACKWARD,
@@ -25,6 +33,7 @@ from streamswav.planning.ledger import (
 )
 from streamswav.planning.memory import last_that_fits
 from streamswav.planning.rehearsal import rehearse
+from streamswav.planning.speed import estimate_speed
 from streamswav.planning.traffic import count_network, count_reading, sinkhorn_bytes
 from streamswav.swav import sinkhorn
 from streamswav.training.build import AUTOCAST, assemble
@@ -311,3 +320,32 @@ def test_too_little_for_batch_statistics_is_a_mistake_that_is_named():
     )
     with pytest.raises(ConfigError, match=r"training\.batch: too few images at once"):
         make_plan(Request(config=config, gpus=1, gpu=GPUS["T4"]))
+
+
+def test_a_gpu_is_recognised_by_its_drivers_name():
+    names = {
+        ("NVIDIA A100-SXM4-80GB", 81_920): "A100-80GB",
+        ("NVIDIA A100-PCIE-40GB", 40_536): "A100-40GB",
+        ("Tesla V100-SXM2-16GB", 16_160): "V100-16GB",
+        ("NVIDIA H100 80GB HBM3", 81_559): "H100-80GB",
+        ("NVIDIA GeForce RTX 4090", 24_564): "RTX-4090",
+        ("NVIDIA A10G", 22_731): "A10G",
+        ("NVIDIA A10", 23_028): "A10",
+        ("Tesla T4", 15_360): "T4",
+    }
+    for (device, mebibytes), name in names.items():
+        found = recognise(device, mebibytes << 20)
+        assert found is not None
+        assert found.name == name
+    assert recognise("Quadro P2000", 1 << 32) is None
+
+
+def test_the_bound_of_the_mfu_is_the_one_that_the_plan_divides_by():
+    config = small(world_size=2)
+    bound = images_bound(config, GPUS["A100-40GB"], world_size=2)
+    rehearsal = rehearse(config, world_size=2)
+    local = config.training.batch // 2
+    speed = estimate_speed(
+        rehearsal.ledger, GPUS["A100-40GB"], precision=config.training.precision, local=local, efficiency=0.5
+    )
+    assert 2 * speed.images_per_second / bound == pytest.approx(speed.mfu)
