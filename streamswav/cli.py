@@ -41,6 +41,7 @@ _OF_MODULES = {
     "compare": ("compare", "compare", "show results of several measurements side by side"),
     "embed": ("embed", "embed", "write what a network says of every image, as tables"),
     "export": ("export", "export", "write a trunk for torchvision, timm, detectron2, ONNX and others"),
+    "wait": ("wait", "wait", "end when a run is done, so that what follows it can begin"),
 }
 """Commands with arguments of their own: module below `commands`, X of `add_X_arguments` and `run_X`, help.
 
@@ -303,7 +304,7 @@ def _of_module(command: str, function: str) -> Any:
 
 
 def _run_module(arguments: argparse.Namespace) -> None:
-    given = load_config(None, os.environ, arguments.keys)
+    given = load_config(getattr(arguments, "config", None), os.environ, arguments.keys)
     own_log().describe(given)
     _of_module(arguments.command, "run_{}")(arguments, given=given)
 

@@ -19,6 +19,8 @@ from streamswav.training.monitor import Monitor
 from streamswav.training.saver import Saver
 from streamswav.training.trainer import Trainer
 
+SUMMARY_FILE = "summary.json"
+
 
 def summarise(
     run: Run, trainer: Trainer, feed: Feed, monitor: Monitor, saver: Saver, *, more: Mapping[str, Any]
@@ -28,7 +30,7 @@ def summarise(
     `more` is what the run's kind of training says of it.
     """
     config, position, passes = run.config, feed.position, feed.position.passes
-    place = join(config.run.directory, "summary.json")
+    place = join(config.run.directory, SUMMARY_FILE)
     loss = monitor.loss_last
     left = sum(len(piece.named() or ()) for piece in position.carried) if position.finished else None
     counts = {outcome: position.total(outcome).samples for outcome in OUTCOMES}
