@@ -52,7 +52,7 @@ _EXACT = 1 << 53  # up to here a float is every whole number
 _Whole = BeforeValidator(_read_whole)
 PositiveInt = Annotated[int, Field(gt=0), _Whole]
 NonNegativeInt = Annotated[int, Field(ge=0), _Whole]
-Texts = Annotated[list[str], BeforeValidator(_list_one)]
+Texts = Annotated[list[str], BeforeValidator(_list_one, json_schema_input_type=list[str] | str)]
 
 
 class Section(BaseModel):
