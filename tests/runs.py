@@ -192,10 +192,13 @@ class Fork:
         output: tuple[Path, Path],
         environments: Sequence[Mapping[str, str]],
         spares: int = 0,
+        *,
+        move: Callable[[], None] | None = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["streamswav.commands.pretrain", "streamswav.launch"])
-        self._process = context.Process(target=_main, args=(list(arguments), output, environments, spares))
+        given = (list(arguments), output, environments, spares, move)
+        self._process = context.Process(target=_main, args=given)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -205,10 +208,16 @@ class Fork:
 
 
 def _main(
-    arguments: list[str], output: tuple[Path, Path], environments: list[dict[str, str]], spares: int
+    arguments: list[str],
+    output: tuple[Path, Path],
+    environments: list[dict[str, str]],
+    spares: int,
+    move: Callable[[], None] | None,
 ) -> None:
-    """Call `enter`; with several environments, in a process for each."""
+    """Call `enter`; with several environments, in a process for each; `move` goes to its place first."""
     os.setsid()
+    if move:
+        move()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which commands respect
     for number, path in enumerate(output, 1):
         with path.open("wb") as file:
