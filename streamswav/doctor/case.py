@@ -90,6 +90,7 @@ class Case:
         machine: where to look at it.
         seconds: for what measures; 0: nothing does.
         gpu_type: of the planning's table, where the GPU is not in this machine.
+        failures: names of the checks that failed so far.
     """
 
     command: str
@@ -101,6 +102,7 @@ class Case:
     gpu_type: Gpu | None = None
 
     def __post_init__(self) -> None:
+        self.failures: set[str] = set()
         self.listing = Once("listing", lambda: list_manifest(self.urls, self.store))
         self.specimens: Once[Specimens] = Once(
             "shard", lambda: take_specimens(self.shards.shards[0], self.store)
@@ -191,6 +193,20 @@ class Case:
     def cuda(self) -> bool:
         """Whether the model will live on a GPU of this machine."""
         return self.config.training.device != "cpu" and torch.cuda.is_available()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run's model lives on a GPU, here or elsewhere."""
+        return self.cuda or self.gpu_type is not None or self.config.training.device == "cuda"
+
+    def after(self, name: str) -> None:
+        """Look no further where this check has failed.
+
+        Raises:
+            NotLookedAtError: it has.
+        """
+        if name in self.failures:
+            raise NotLookedAtError(f"builds upon {name}, which failed")
 
     @property
     def ranks_here(self) -> int:

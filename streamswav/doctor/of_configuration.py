@@ -12,7 +12,7 @@ from streamswav.config import Config
 from streamswav.defaults import known
 from streamswav.doctor.case import TRAINING, Case, config_of
 from streamswav.doctor.finding import Finding, failed, passed, warned
-from streamswav.doctor.running import Check
+from streamswav.doctor.running import PLANNING_SECONDS, Check
 from streamswav.errors import CheckpointError, ConfigError
 from streamswav.stream.store import redact
 from streamswav.training.feeding import build_reader
@@ -27,8 +27,8 @@ def check_configuration(case: Case) -> Finding:
     if case.command in TRAINING:
         refuse_incomplete(config)
     given = sum(len(getattr(config, name).model_fields_set) for name in Config.model_fields)
-    ranks = f"{case.options.nodes} x {case.ranks_here} ranks"
-    return passed(f"{case.command} on {ranks}, {given} keys are given{_places(config)}")
+    ranks = f"nodes {case.options.nodes}, ranks on each {case.ranks_here}"
+    return passed(f"{case.command}: {ranks}, {given} keys are given{_places(config)}")
 
 
 def _places(config: Config) -> str:
@@ -121,7 +121,7 @@ CHECKS = (
 SETTINGS = Check(
     "settings",
     check_settings,
-    seconds=120,
+    seconds=PLANNING_SECONDS,
     remedies={
         ConfigError: "change the key that is named, or the number of ranks",
         CheckpointError: "set it back, or choose another run.directory",

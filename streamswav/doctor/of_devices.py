@@ -10,7 +10,7 @@ from torch import distributed
 
 from streamswav.doctor.case import Case
 from streamswav.doctor.finding import Finding, NotLookedAtError, failed, passed, size, skipped, warned
-from streamswav.doctor.running import Check
+from streamswav.doctor.running import PLANNING_SECONDS, Check
 
 _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
@@ -115,6 +115,6 @@ def _named(case: Case, name: str) -> str:
 
 CHECKS = (
     Check("gpus", check_gpus, seconds=60),
-    Check("fit", check_fit, seconds=60),
+    Check("fit", check_fit, seconds=PLANNING_SECONDS),
     Check("collectives", check_collectives),
 )

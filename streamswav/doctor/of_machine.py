@@ -12,7 +12,7 @@ from streamswav.defaults import known
 from streamswav.doctor.case import Case
 from streamswav.doctor.finding import Finding, NotLookedAtError, failed, passed, size, warned
 from streamswav.doctor.machine import Limit
-from streamswav.doctor.running import Check
+from streamswav.doctor.running import PLANNING_SECONDS, Check
 from streamswav.errors import StreamswavError
 from streamswav.planning.host import Host, count_host
 from streamswav.planning.ledger import PARTS
@@ -49,7 +49,7 @@ def check_files(case: Case) -> Finding:
         return passed("open files are not limited")
     text = f"a process may open {soft} files, {need} are needed"
     enough = hard == resource.RLIM_INFINITY or hard >= 2 * need
-    how = f"ulimit -n {2 * need}" if enough else f"raise the hard limit too, which is {hard}"
+    how = f"ulimit -n {2 * need}{'' if enough else f', and raise the hard limit, which is {hard}'}"
     remedy = f"{how} (in a pod: of the container runtime), or lower loader.workers"
     if soft < need:
         return failed(text, remedy)
@@ -93,7 +93,7 @@ def check_cores(case: Case) -> Finding:
     """Hold the CPU cores, or the quota, against the loader processes and ranks."""
     workers, ranks, cores = known(case.resolved.loader.workers), case.ranks_here, case.machine.cores()
     busy = ranks * max(1, workers)
-    text = f"{cores.amount:g} cores ({cores.source}) for {ranks} ranks of {workers} loader processes"
+    text = f"{cores.amount:g} cores ({cores.source}) for {ranks} x {workers} loader processes"
     if cores.amount < ranks:
         return warned(text, f"give {busy} cores, or start fewer ranks")
     if cores.amount < busy:
@@ -122,7 +122,7 @@ def check_scratch(case: Case) -> Finding:
 
 def _needs(case: Case, *, whole: bool = False) -> Host:
     """Count what the ranks of this machine need; the `whole` has the model and its checkpoints too."""
-    config, cuda = case.resolved, case.cuda
+    config, cuda = case.resolved, case.on_gpu
     model, checkpoint = _of_model(case) if whole else (0, 0)
     manifest, specimens = case.listing.known(), case.specimens.known()
     sample = specimens.mean_bytes if specimens and specimens.samples else SAMPLE_BYTES
@@ -147,14 +147,14 @@ def _of_model(case: Case) -> tuple[int, int]:
     except (NotLookedAtError, StreamswavError):
         return 0, 0
     tensors = sum(amount for part, amount in plan.memory.parts.items() if part in PARTS)
-    return 0 if case.cuda else tensors, plan.checkpoints.bytes
+    return 0 if case.on_gpu else tensors, plan.checkpoints.bytes
 
 
 CHECKS = (
     Check("shm", check_shm, seconds=60),
     Check("files", check_files),
     Check("tasks", check_tasks),
-    Check("memory", check_memory),
+    Check("memory", check_memory, seconds=PLANNING_SECONDS),
     Check("cores", check_cores),
     Check("scratch", check_scratch),
 )

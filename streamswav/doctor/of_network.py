@@ -6,14 +6,17 @@ import errno
 import socket
 import time
 
-from streamswav.doctor.case import PATIENCE_SECONDS, Case
+from streamswav.doctor.case import Case
 from streamswav.doctor.finding import Finding, NotLookedAtError, failed, passed, warned
 from streamswav.doctor.running import Check
 from streamswav.errors import ConfigError
+from streamswav.launch_options import LaunchOptions
 from streamswav.telemetry.exporter import Source, serve
 from streamswav.telemetry.metrics import Metrics
 
 CONNECT_SECONDS = 3.0
+DNS_SECONDS = LaunchOptions.dns_seconds
+"""A name is waited for as long as by the launcher: in a cluster its record comes after the pods."""
 
 _NAMED = (
     "give the pods a headless Service with publishNotReadyAddresses, and see that --master-addr "
@@ -27,7 +30,7 @@ def check_meeting(case: Case) -> Finding:
     if options.address is None:
         raise NotLookedAtError("one machine: the ranks meet on it")
     place = f"{options.address}:{options.port}"
-    found = _resolve(options.address, min(options.dns_seconds, PATIENCE_SECONDS))
+    found = _resolve(options.address, min(options.dns_seconds, DNS_SECONDS))
     if isinstance(found, str):
         return failed(f"{options.address} is no name that is known here: {found}", _NAMED, waits=True)
     if options.node == 0:
@@ -95,6 +98,6 @@ def check_metrics(case: Case) -> Finding:
 
 
 CHECKS = (
-    Check("meeting", check_meeting),
+    Check("meeting", check_meeting, seconds=DNS_SECONDS + 30),
     Check("metrics", check_metrics, remedies={ConfigError: "choose another telemetry.port, or 0 for none"}),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from streamswav.commands.run_folder import refuse_other_grid
 from streamswav.doctor.case import Case
 from streamswav.doctor.finding import Finding, NotLookedAtError, failed, passed, size, warned
-from streamswav.doctor.running import Check, Remedies
+from streamswav.doctor.running import PLANNING_SECONDS, Check, Remedies
 from streamswav.errors import (
     CheckpointError,
     ConfigError,
@@ -34,13 +34,13 @@ WATCH_SECONDS = 2.0
 """Beyond a third of the lease, within which a holder that lives renews it."""
 
 _BODY = b"written by streamswav doctor, to be removed at once"
-_WRITE = (
+_ALLOW = (
     "allow s3:PutObject, s3:GetObject and s3:DeleteObject below it and s3:ListBucket on the bucket to the "
-    "identity; a folder must belong to the user of the process (fsGroup in a pod)"
+    "identity"
 )
+_OWN = "mount it writable, for the user of the process (fsGroup in a pod)"
 _REACH = "see that this machine reaches it, and that it has room; then try again"
 _WRITING: Remedies = {
-    DeniedError: _WRITE,
     UnsupportedError: "choose a folder or s3:// prefix",
     UnavailableError: _REACH,
 }
@@ -60,10 +60,13 @@ def check_copy(case: Case) -> Finding:
 
 
 def _try_writing(case: Case, directory: str) -> Finding:
-    with _scratch(case, directory) as url:
-        case.store.write(url, _BODY)
-        if case.store.read(url) != _BODY:
-            return failed(f"{redact(url)} is not read as it was written", "use a store that keeps its word")
+    try:
+        with _scratch(case, directory) as url:
+            case.store.write(url, _BODY)
+            if case.store.read(url) != _BODY:
+                return failed(f"{redact(url)} is not read as it was written", "use another store")
+    except DeniedError as error:
+        return failed(str(error), _ALLOW if directory.startswith("s3://") else _OWN)
     if case.store.exists(url):
         return failed(f"{redact(url)} was removed, and is still there", "allow s3:DeleteObject below it")
     return passed(f"{redact(directory)} can be written, read and cleared")
@@ -76,6 +79,7 @@ def check_conditions(case: Case) -> Finding:
             "checkpoint.lease_seconds = 0: two runs may write to one folder",
             "leave checkpoint.lease_seconds at its default",
         )
+    case.after("writing")
     with _scratch(case, case.directory) as url:
         if case.store.keeps_conditions(url):
             return passed("the store itself keeps two writers apart (conditional writes, locks)")
@@ -100,8 +104,13 @@ def _scratch(case: Case, directory: str) -> Iterator[str]:
 
 
 def check_holder(case: Case) -> Finding:
-    """See whether another process writes to the run: one that lives renews its lease while this looks."""
+    """See whether another process writes to the run: one that lives renews its lease while this looks.
+
+    Rank 0 alone takes the lease; on other nodes it may be the run's own, whose node 0 was faster.
+    """
     url = join(case.directory, LEASE_FILE)
+    if case.options.node:
+        raise NotLookedAtError("node 0 looks, since it is the one that writes")
     content = _read_if_there(case, url)
     holder = parse_holder(content)
     if holder is None:
@@ -230,4 +239,4 @@ CHECKS = (
         "cache", check_cache_folder, remedies={ConfigError: "mount a writable disk there, or name another"}
     ),
 )
-ROOM = Check("room", check_room, seconds=60)
+ROOM = Check("room", check_room, seconds=PLANNING_SECONDS)

@@ -24,6 +24,9 @@ from streamswav.errors import (
 THREAD = "doctor: "
 """What the names of the checks' threads begin with."""
 
+PLANNING_SECONDS = 120.0
+"""For checks that plan: seconds of arithmetic, many more where cores are few."""
+
 Remedies = Mapping[type[StreamswavError], str]
 
 _REMEDIES: Remedies = {
@@ -66,7 +69,10 @@ def run_checks(checks: Sequence[Check], case: Case) -> Iterator[Result]:
     """Yield the result of each check as it comes."""
     for check in checks:
         began = time.monotonic()
-        yield Result(check.name, _run(check, case), time.monotonic() - began)
+        finding = _run(check, case)
+        if finding.status == "fail":
+            case.failures.add(check.name)
+        yield Result(check.name, finding, time.monotonic() - began)
 
 
 def exit_code(results: Sequence[Result], *, strict: bool) -> int:

@@ -400,6 +400,7 @@ def test_no_permission_to_write(behind, bucket):
     behind.refuse = {"PUT"}
     asked = case(on_s3(behind, f"{bucket}/", run__directory=f"{bucket}/run"))
     shown("no permission to write", asked)
+    assert look(asked, "conditions").text == "builds upon writing, which failed"
 
 
 def test_no_permission_to_delete(behind, bucket):
@@ -428,6 +429,8 @@ def test_a_run_that_is_held_by_another(tmp_path):
     lease.acquire()
     try:
         shown("a run that another process writes to", asked)
+        of_the_same_run = case(asked.given, launch=of_two(node=1))
+        assert look(of_the_same_run, "holder").text == "node 0 looks, since it is the one that writes"
     finally:
         lease.release()
     assert look(asked, "holder").text == "nobody writes to the run"
