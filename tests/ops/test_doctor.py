@@ -647,8 +647,8 @@ def test_a_driver_whose_devices_are_not_there(tmp_path):
 
 
 def test_a_step_that_does_not_fit(shards):
-    crops = {"crops__sizes": "[224, 96]", "crops__counts": "[2, 6]"}
-    large = config(stream__urls=shards, training__batch=8192, model__width=1, **crops)
+    crops = {"crops__sizes": "[512, 96]"}
+    large = config(stream__urls=shards, training__batch=256, model__width=1, **crops)
     shown("a batch that does not fit the GPU", case(large, gpu_type=find_gpu("T4")))
 
 
