@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -13,11 +12,7 @@ from typing import Any
 from streamswav import __version__
 from streamswav.doctor.finding import STATUSES
 from streamswav.doctor.running import Result
-
-_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
-_SHORTEST = 6
-_HIDDEN = "[hidden]"
-_QUERY = re.compile(r"(\w+://[^\s?#]+)\?[^\s'\")]*")
+from streamswav.redact import Redactor
 
 
 class Report:
@@ -29,12 +24,7 @@ class Report:
     """
 
     def __init__(self, command: str, environment: Mapping[str, str]) -> None:
-        self._command = command
-        self._secrets = sorted(
-            (text for name, text in environment.items() if _SECRET.search(name) and len(text) >= _SHORTEST),
-            key=len,
-            reverse=True,
-        )
+        self._command, self._redactor = command, Redactor.of(environment)
         self.results: list[Result] = []
 
     def add(self, result: Result) -> Result:
@@ -78,9 +68,7 @@ class Report:
         )
 
     def _clean(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, _HIDDEN)
-        return _QUERY.sub(r"\1", " ".join(text.split()))
+        return " ".join(self._redactor.text(text).split())
 
 
 def line(result: Result) -> str:

@@ -301,7 +301,8 @@ def test_a_clock_that_is_off(behind, bucket, seconds, fault):
 
 def test_a_clock_that_is_right(s3, bucket):
     found = look(case(on_s3(s3, f"{bucket}/")), "clock")
-    assert (found.status, found.text) == ("pass", "within 1 s of the server's")
+    assert found.status == "pass"
+    assert found.text.endswith("s of the server's")
 
 
 def test_a_server_without_ranges(web, shards):
