@@ -163,10 +163,10 @@ def test_phases_add_up_to_wall_time(healthy):
 
     def measured() -> tuple[float, float] | None:
         server = healthy.server
-        stepped = scraped(server, "streamswav_last_step_timestamp_seconds")
-        training = scraped(server, 'streamswav_run_state{state="training"}')
         phases = scraped(server, "streamswav_step_phase_seconds_total")
-        just = [at for at in sorted(phases) if training[at] and phases[at] > 0 and at - stepped[at] < 0.4]
+        training = scraped(server, 'streamswav_run_state{state="training"}')  # and perhaps a newer scrape
+        stepped = scraped(server, "streamswav_last_step_timestamp_seconds")
+        just = [at for at in sorted(phases) if training.get(at) and phases[at] > 0 and at - stepped[at] < 0.4]
         if not just or (wall := stepped[just[-1]] - stepped[just[0]]) < 12:
             return None
         return phases[just[-1]] - phases[just[0]], wall
