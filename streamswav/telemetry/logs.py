@@ -111,10 +111,11 @@ class Log:
         self._write(json.dumps(settings.redactor.tree(line), default=str) + "\n")
 
     def text(self, text: str) -> None:
-        """Write text, above the live line if there is one."""
+        """Write text, above the live line."""
         text = self.settings.redactor.text(text)
         with self._lock:
-            clear = "\r\x1b[K" if self._live else ""
+            # The line may be another process' live one: launcher and ranks have one terminal.
+            clear = "\r\x1b[K" if self.terminal else ""
             self._write(f"{clear}{text}\n{self._live}")
 
     def show(self, line: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -40,7 +40,7 @@ class Progress:
         readings: what else the task tells, by name (`SHOWN` has those for people).
         quarantined: samples and stretches that were not trained.
         seconds_left: an estimate; None where the end is not known.
-        verdict: name of what the readings say of the run's health; None: nobody judges.
+        verdict: name of what the readings say of the run's health; None: the last one that was told, if any.
     """
 
     step: int
@@ -69,6 +69,7 @@ class Reporter:
         self._silent = silent
         self._sinks: list[Sink] = []
         self._images = 0
+        self._verdict: str | None = None
 
     def add_sinks(self, sinks: Iterable[Sink], *, images: int) -> None:
         """Have progress and events go to these as well, until `close`; so many images were trained before."""
@@ -79,6 +80,7 @@ class Reporter:
         """Show how far the run is."""
         if self._silent:
             return
+        progress = replace(progress, verdict=progress.verdict or self._verdict)
         values = asdict(progress)
         if progress.verdict is None:
             del values["verdict"]
@@ -93,10 +95,17 @@ class Reporter:
             sink.write(progress.step, progress.images, readings)
 
     def event(self, name: str, message: str, **fields: Any) -> None:
-        """Tell that something happened; `message` is for people, `fields` for machines."""
+        """Tell that something happened; `message` is for people, `fields` for machines.
+
+        The last `verdict` stands in every progress line from then on.
+        """
         if self._silent:
             return
-        self._log.tell(name, message, **fields)
+        level = ""
+        if name == "verdict":
+            self._verdict = str(fields["verdict"])
+            level = "info" if self._verdict in _COLOUR_OF else "warning"
+        self._log.tell(name, message, level=level, **fields)
         images = fields.get("images", self._images)
         for sink in self._sinks:
             sink.event(name, self._log.settings.redactor.text(message), images, numbers(fields))

@@ -10,6 +10,7 @@ import struct
 import termios
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 from tqdm.utils import disp_len
@@ -143,13 +144,33 @@ def test_the_live_line_fits_the_terminal_and_keeps_what_matters(screen, columns)
     assert ("315,904 images" in line) == (columns == 200)
 
 
+def test_the_last_verdict_stands_in_every_line_and_a_bad_one_is_a_warning(machine):
+    stream, log = machine
+    reporter = Reporter(log)
+    quiet = replace(PROGRESS, verdict=None)
+    reporter.progress(quiet)
+    for name in ("healthy", "stuck"):
+        reporter.event("verdict", f"{name}: since", verdict=name)
+        reporter.progress(quiet)
+    found = [(line["event"], line["level"], line.get("verdict")) for line in lines(stream)]
+    assert found == [
+        ("progress", "info", None),
+        ("verdict", "info", "healthy"),
+        ("progress", "info", "healthy"),
+        ("verdict", "warning", "stuck"),
+        ("progress", "info", "stuck"),
+    ]
+
+
 def test_an_event_goes_above_the_live_line(screen):
     stream, log = screen(100)
     log.show("live")
     log.tell("checkpoint", "saved")
     log.show("later")
     log.close()
-    assert stream.getvalue() == "\r\x1b[Klive" + "\r\x1b[Ksaved\nlive" + "\r\x1b[Klater" + "\n"
+    log.text("other")
+    shown = ["\r\x1b[Klive", "\r\x1b[Ksaved\nlive", "\r\x1b[Klater", "\n", "\r\x1b[Kother\n"]
+    assert stream.getvalue() == "".join(shown)
 
 
 def test_no_colours_where_nobody_wants_them(screen):
