@@ -1,13 +1,13 @@
-"""What the chart renders, as objects, and what a cluster's controllers make of the ends of its pods."""
+"""What the chart renders, as objects, for each engine and feature."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import re
+import json
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,45 @@ RUN = {
 }
 
 Object = dict[str, Any]
+
+ENGINES = ("jobset", "trainjob", "pytorchjob", "job")
+GPU = "nvidia.com/gpu"
+
+LABELLED = {"train": ["s3://bucket/train/"], "test": ["s3://bucket/test/"]}
+FINETUNE = {"config": {"stream": {"urls": ["s3://bucket/train/"]}, "run": {"directory": "s3://bucket/ft"}}}
+FEATURES = {
+    "nothing": {},
+    "single node": {"nodes": 1},
+    "cpu": {"gpusPerNode": 0, "tolerations": [], "ranksPerNode": 2},
+    "secret": {"identity": {"secret": "keys", "create": False}},
+    "role": {"identity": {"roleArn": "arn:aws:iam::123456789012:role/first"}},
+    "endpoint": {
+        "config": {"storage": {"endpoint_url": "https://minio.minio:9000"}},
+        "caBundle": {"configMap": "minio-ca"},
+    },
+    "kueue": {"kueue": {"queue": "gpus", "priorityClass": "high", "requiredTopology": "example.com/block"}},
+    "placement": {
+        "topologyKey": "topology.kubernetes.io/zone",
+        "priorityClassName": "training",
+        "runtimeClassName": "nvidia",
+        "nodeSelector": {"node.kubernetes.io/instance-type": "p5.48xlarge"},
+    },
+    "cache on the node": {"cache": {"type": "emptyDir", "size": "500Gi"}},
+    "cache of a claim": {"cache": {"type": "ephemeral", "size": "500Gi", "storageClass": "nvme"}},
+    "runs on a claim": {"runs": {"claim": "lustre"}, "config": {"run": {"directory": "/runs/first"}}},
+    "no operator": {"monitoring": {"enabled": False}},
+    "no metrics": {"monitoring": {"enabled": False}, "config": {"telemetry": {"port": 0}}},
+    "doctor": {"doctor": {"enabled": True}},
+    "no policies": {"networkPolicy": {"enabled": False}, "disruptionBudget": {"enabled": False}},
+    "image": {"image": {"digest": f"sha256:{'0' * 64}", "pullSecrets": ["registry"]}},
+    "variables": {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}], "podLabels": {"team": "vision"}},
+    "followers": {"finetune": {"enabled": True, **FINETUNE}, "evaluation": {"enabled": True, **LABELLED}},
+}
+OUTSIDE_OF_RESTRICTED = {
+    "fabric": yaml.safe_load((CHART / "examples" / "efa.yaml").read_text()),
+    "cache of the host": {"cache": {"type": "hostPath", "size": "1Ti", "path": "/mnt/nvme"}},
+}
+TOGETHER = ("role", "endpoint", "kueue", "placement", "cache of a claim", "doctor", "image", "followers")
 
 
 @functools.cache
@@ -66,6 +105,26 @@ def read(text: str) -> list[Object]:
     return [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]
 
 
+_RENDERED: dict[str, list[Object]] = {}
+
+
+def rendered(engine: str, feature: str = "nothing", **values: Any) -> list[Object]:
+    """The objects of an engine with a feature of the chart, rendered once."""
+    given = over(feature_values(feature), {"engine": engine, **values})
+    key = json.dumps(given, sort_keys=True)
+    if key not in _RENDERED:
+        with tempfile.TemporaryDirectory() as folder:
+            _RENDERED[key] = render(given, Path(folder))
+    return _RENDERED[key]
+
+
+def feature_values(feature: str) -> Mapping[str, Any]:
+    """The values that switch a feature on; `many` is most of them together."""
+    if feature == "many":
+        return functools.reduce(over, (FEATURES[name] for name in TOGETHER))
+    return (FEATURES | OUTSIDE_OF_RESTRICTED)[feature]
+
+
 def one(objects: Sequence[Object], kind: str, name: str | None = None) -> Object:
     """The only object of this kind (and name)."""
     (found,) = of(objects, kind, name)
@@ -93,79 +152,3 @@ def pod_templates(objects: Sequence[Object]) -> Iterator[Object]:
     yield from (spec["template"] for spec in job_specs(objects))
     for each in of(objects, "PyTorchJob"):
         yield from (replica["template"] for replica in each["spec"]["pytorchReplicaSpecs"].values())
-
-
-@dataclass(frozen=True)
-class End:
-    """How a pod ended: its exit code, and whether the cluster had disrupted it (eviction, a lost node)."""
-
-    code: int
-    disrupted: bool = False
-
-
-def after(objects: Sequence[Object], ends: Sequence[End]) -> str:
-    """What becomes of the gang when its pods have ended so, in this order.
-
-    Returns:
-        done, failed, restart (free of charge), or "restart, counted".
-    """
-    for kind, decide in (("JobSet", _in_jobset), ("PyTorchJob", _in_pytorchjob), ("Job", _in_job)):
-        if found := of(objects, kind):
-            return decide(found[0]["spec"], ends)
-    return _in_jobset(one(objects, "TrainingRuntime")["spec"]["template"]["spec"], ends)
-
-
-def _in_jobset(spec: Object, ends: Sequence[End]) -> str:
-    """A Job fails with its first pod; the JobSet's rules go by the reason and the message of that."""
-    job = spec["replicatedJobs"][0]["template"]["spec"]
-    failed = next((end for end in ends if end.code or end.disrupted), None)
-    if failed is None:
-        return "done"
-    action, message = _matched(job, failed)
-    assert action in ("FailJob", "Count"), "in a JobSet a pod alone does not come back"
-    assert action == "FailJob" or job["backoffLimit"] == 0
-    reason = "PodFailurePolicy" if action == "FailJob" else "BackoffLimitExceeded"
-    return _by_jobset_rules(spec["failurePolicy"], reason, message)
-
-
-def _by_jobset_rules(policy: Object, reason: str, message: str) -> str:
-    meaning = {"FailJobSet": "failed", "RestartJobSetAndIgnoreMaxRestarts": "restart"}
-    for rule in policy["rules"]:
-        patterns = rule["onJobFailureMessagePatterns"]
-        if reason in rule["onJobFailureReasons"] and any(re.search(each, message) for each in patterns):
-            return meaning[rule["action"]]
-    return "restart, counted" if policy["maxRestarts"] else "failed"
-
-
-def _in_job(spec: Object, ends: Sequence[End]) -> str:
-    actions = [_matched(spec, end)[0] for end in ends if end.code or end.disrupted]
-    if "FailJob" in actions:
-        return "failed"
-    if "Count" in actions:
-        return "restart, counted" if actions.count("Count") <= spec["backoffLimit"] else "failed"
-    return "restart" if actions else "done"
-
-
-def _matched(job: Object, end: End) -> tuple[str, str]:
-    """Action and message of the first rule that holds, in the words of Kubernetes' Job controller."""
-    for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
-        at = f"matching {rule['action']} rule at index {index}"
-        codes = rule.get("onExitCodes")
-        if codes and end.code and (end.code in codes["values"]) == (codes["operator"] == "In"):
-            return (
-                rule["action"],
-                f"Container trainer for pod training/first failed with exit code {end.code} {at}",
-            )
-        for condition in rule.get("onPodConditions", []):
-            if end.disrupted and condition == {"type": "DisruptionTarget", "status": "True"}:
-                return rule["action"], f"Pod training/first has condition DisruptionTarget {at}"
-    return "Count", "Job has reached the specified backoff limit"
-
-
-def _in_pytorchjob(spec: Object, ends: Sequence[End]) -> str:
-    """ExitCode: 1 to 127 is permanent; what is above, or has no code, starts the pod again."""
-    assert {each["restartPolicy"] for each in spec["pytorchReplicaSpecs"].values()} == {"ExitCode"}
-    codes = [end.code for end in ends]
-    if any(1 <= code <= 127 for code in codes):
-        return "failed"
-    return "restart" if any(codes) else "done"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from charts import End, after, one, pod_templates, render
+from charts import one, pod_templates, render
+from controllers import End, after
 from pods import PORT, SERVER, cluster
 from runs import TINY, run
 
