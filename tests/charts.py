@@ -82,11 +82,14 @@ def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def run_helm(values: Mapping[str, Any], folder: Path, *, name: str = "first") -> tuple[int, str, str]:
-    """`helm template` with values over those of a minimal run: exit code, output, complaints."""
+def run_helm(
+    values: Mapping[str, Any], folder: Path, *, name: str = "first", more: Sequence[Path] = ()
+) -> tuple[int, str, str]:
+    """`helm template` with values, and files of more, over a minimal run: exit code, output, complaints."""
     file = folder / "values.yaml"
     file.write_text(yaml.safe_dump(over(RUN, values)))
     command = [load_make().find_helm(), "template", name, str(CHART), "--values", str(file)]
+    command += [part for each in more for part in ("--values", str(each))]
     done = subprocess.run(
         [*command, "--namespace", "training"], check=False, capture_output=True, text=True, timeout=60
     )

@@ -2,6 +2,7 @@
 
 import itertools
 import subprocess
+import textwrap
 import warnings
 
 import kubernetes_validate
@@ -17,7 +18,9 @@ from charts import (
     load_make,
     pod_templates,
     read,
+    render,
     rendered,
+    run_helm,
 )
 from controllers import End, after
 from kubeflow_trainer_api import models as kubeflow
@@ -121,6 +124,20 @@ def test_all_of_it_is_valid_and_restricted(engine, feature):
 @pytest.mark.parametrize("feature", OUTSIDE_OF_RESTRICTED)
 def test_what_is_outside_of_the_restricted_profile_is_valid(feature):
     check_all(rendered("jobset", feature))
+
+
+@pytest.mark.parametrize("example", sorted(each.name for each in (CHART / "examples").iterdir()))
+def test_examples_go_over_a_runs_values(example, tmp_path):
+    check_all(render(yaml.safe_load((CHART / "examples" / example).read_text()), tmp_path))
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("recipe", sorted(each.name for each in (OPS / "recipes").glob("r*.yaml")))
+def test_recipes_become_values_as_the_page_says(recipe, tmp_path):
+    text = textwrap.indent((OPS / "recipes" / recipe).read_text(), "  ")
+    (tmp_path / "recipe.yaml").write_text(f"config:\n{text}")
+    code, _, error = run_helm({}, tmp_path, more=[tmp_path / "recipe.yaml"])
+    assert code == 0, error
 
 
 def test_lint_has_nothing_to_say():

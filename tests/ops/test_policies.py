@@ -3,6 +3,8 @@
 import fnmatch
 import json
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -152,6 +154,18 @@ def test_the_trust_is_in_the_service_accounts_that_the_chart_makes(tmp_path):
     (statement,) = json.loads((FOLDER / "irsa-trust.json").read_text())["Statement"]
     trusted = statement["Condition"]["StringEquals"]["OIDC_PROVIDER:sub"]
     assert {each.replace("RELEASE", "first") for each in trusted} == names
+
+
+def test_the_pages_commands_make_policies_of_the_templates(tmp_path):
+    page = (OPS / "helm" / "streamswav" / "README.md").read_text()
+    commands = page.partition("    cd ops/policies\n")[2].partition("    aws iam")[0]
+    for file in FOLDER.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True)
+    for name in ("policy.json", "trust.json"):
+        text = (tmp_path / name).read_text()
+        assert json.loads(text)["Statement"]
+        assert re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", text) == ["ABCDEF"] * text.count("ABCDEF")
 
 
 def test_every_policy_is_whole_and_its_places_are_on_the_page():
