@@ -9,6 +9,10 @@ COPY streamswav streamswav
 COPY shards shards
 RUN pip install --no-cache-dir -c ops/constraints.txt .
 
+# What run_info and /status call the code: --build-arg GIT_SHA=$(git rev-parse --short=12 HEAD)
+ARG GIT_SHA=unknown
+ENV STREAMSWAV_GIT_SHA=${GIT_SHA}
+
 RUN useradd --uid 1000 --create-home streamswav
 USER 1000
 ENTRYPOINT ["streamswav"]

@@ -12,6 +12,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from runs import arguments, free_port, scrape_text, start, start_ranks, values_of
 
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_RETRY
+from streamswav.telemetry.multiprocess import collected_registry
 
 COUNTS = [25, 14, 31]
 BATCH = 16
@@ -160,6 +161,26 @@ def test_a_killed_rank_is_counted_and_counts_go_on_after_the_restart(story):
 def test_who_scrapes_sees_that_the_run_is_done(story):
     assert value(story["last"], "run_state", state="done") == 1
     assert value(story["last"], "worker_exits_total", reason="ok") == 2
+
+
+def test_a_users_folder_is_used_and_our_own_is_gone_with_the_run(command, tmp_path):
+    temporary, shared = tmp_path / "temporary", tmp_path / "shared"
+    temporary.mkdir()
+    made = command(tmp_path / "run", port=0, passes=1, workers=0)
+    own = {"TMPDIR": str(temporary)}
+    with start(made, tmp_path / "one", environment=own, script=True) as running:
+        running.wait_until(lambda _: list(temporary.glob("streamswav-metrics-*/counter_0.db")))
+        assert running.wait().code == EXIT_DONE
+    assert not list(temporary.glob("streamswav-metrics-*"))
+    again = [word.replace(str(tmp_path / "run"), str(tmp_path / "other")) for word in made]
+    for directory in (made, again):  # the second one counts from 0
+        with start(
+            directory, tmp_path / "two", environment={"PROMETHEUS_MULTIPROC_DIR": str(shared)}
+        ) as running:
+            assert running.wait().code == EXIT_DONE
+        images = collected_registry(shared).get_sample_value("streamswav_images_total")
+        assert images in (0, sum(COUNTS) // BATCH * BATCH)
+    assert images > 0
 
 
 def test_a_hung_rank_is_told_by_its_reason(command, tmp_path):
