@@ -57,6 +57,7 @@ _BARRIER_SECONDS = 60
 _STACKS_SECONDS = 3.0
 _STACKS_PAUSE_SECONDS = 0.1
 _STARTUP_SECONDS = 1800.0
+_UNTRACKED = "ignore:resource_tracker"
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -216,6 +217,8 @@ class Gang(SimpleElasticAgent):
             "TORCHELASTIC_MAX_RESTARTS": self._options.max_restarts,
             "TORCHELASTIC_USE_AGENT_STORE": True,
             FOLDER_VARIABLE: self._folder,
+            # Semaphores of a rank that was killed are cleared up by Python without a word.
+            "PYTHONWARNINGS": ",".join(filter(None, (self._environment.get("PYTHONWARNINGS"), _UNTRACKED))),
         }
         environment = {**self._environment, **{name: str(value) for name, value in ours.items()}}
         # A session of its own: what a terminal or a `kill` of the launcher's group sends reaches the rank

@@ -131,8 +131,8 @@ class Log:
         """End the live line; it stays where it is."""
         with self._lock:
             if self._live:
+                self._write(f"\r\x1b[K{self._live}\n")
                 self._live = ""
-                self._write("\n")
 
     def fail(self, message: str, exit_code: int) -> None:
         """Say with which error a command ends: the one line that is text everywhere.

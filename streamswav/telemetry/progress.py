@@ -120,18 +120,17 @@ class Reporter:
 
 def _human(progress: Progress, log: Log) -> str:
     """Lay a line out that fits the terminal: what matters least is left out first, then the bar."""
-    parts = _parts(progress, log)
+    (_, head), *parts = _parts(progress, log)
     width = log.width - 1 if log.terminal else 10_000  # in the last column a terminal may break the line
     bar = log.terminal and progress.fraction is not None
     while True:
-        line = "  ".join(text for _, text in parts if text)
-        room = width - disp_len(line) - (1 if bar else 0)
+        rest = "  ".join(text for _, text in parts if text)
+        room = width - disp_len(f"{head}   {rest}")
         if room >= (_SHORTEST_BAR if bar else 0) or len(parts) == 1:
             break
         parts.remove(max(parts, key=lambda part: part[0]))
     if not bar:
-        return line
-    head, _, rest = line.partition("  ")
+        return f"{head}  {rest}" if head else rest
     texts: dict[str, Any] = {"head": head, "rest": rest}
     shown: str = tqdm.format_meter(
         n=progress.fraction or 0.0,
@@ -139,7 +138,7 @@ def _human(progress: Progress, log: Log) -> str:
         elapsed=0,
         ncols=width,
         ascii=not _has_blocks(log.stream),
-        bar_format="{head} {bar}  {rest}" if rest else "{head} {bar}",
+        bar_format="{head} {bar}  {rest}",
         **texts,
     )
     return shown

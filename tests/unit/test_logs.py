@@ -144,6 +144,16 @@ def test_the_live_line_fits_the_terminal_and_keeps_what_matters(screen, columns)
     assert ("315,904 images" in line) == (columns == 200)
 
 
+def test_the_bar_stands_behind_the_share_and_a_stream_without_end_has_none(screen):
+    stream, log = screen(80)
+    Reporter(log).progress(replace(PROGRESS, fraction=0.06))
+    assert stream.getvalue().startswith("\r\x1b[K  6% █")
+    Reporter(log).progress(replace(PROGRESS, fraction=None, seconds_left=None))
+    assert (
+        stream.getvalue().rpartition("\r\x1b[K")[2].startswith("loss 3.210 (ln K 4.852)  prototype collapse")
+    )
+
+
 def test_the_last_verdict_stands_in_every_line_and_a_bad_one_is_a_warning(machine):
     stream, log = machine
     reporter = Reporter(log)
@@ -169,7 +179,7 @@ def test_an_event_goes_above_the_live_line(screen):
     log.show("later")
     log.close()
     log.text("other")
-    shown = ["\r\x1b[Klive", "\r\x1b[Ksaved\nlive", "\r\x1b[Klater", "\n", "\r\x1b[Kother\n"]
+    shown = ["\r\x1b[Klive", "\r\x1b[Ksaved\nlive", "\r\x1b[Klater", "\r\x1b[Klater\n", "\r\x1b[Kother\n"]
     assert stream.getvalue() == "".join(shown)
 
 
