@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from panels import LIMITS, Limit, Query, graph, timeline
+from panels import LIMITS, Limit, Panels, Query, graph, timeline
 
 
-def health() -> list:
+def health() -> list[Panels]:
     """Label-free signs of a representation that is worth something."""
+    return [*_signs(), *_causes()]
+
+
+def _signs() -> list[Panels]:
     return [
         timeline(
             "Verdict",
@@ -51,6 +55,11 @@ def health() -> list:
             Query("max(streamswav_crop_agreement_ratio{<run>})", "agreement"),
             most=1,
         ),
+    ]
+
+
+def _causes() -> list[Panels]:
+    return [
         graph(
             "Gradient norm",
             "none",
@@ -81,8 +90,12 @@ def health() -> list:
     ]
 
 
-def reliability() -> list:
+def reliability() -> list[Panels]:
     """Checkpoints, ends and starts, steps that were undone."""
+    return [*_checkpoints(), *_ends()]
+
+
+def _checkpoints() -> list[Panels]:
     return [
         graph(
             "Checkpoint age",
@@ -133,6 +146,11 @@ def reliability() -> list:
                 "sum by (outcome) (increase(streamswav_checkpoint_copies_total{<run>}[1h]))", "{{outcome}}"
             ),
         ),
+    ]
+
+
+def _ends() -> list[Panels]:
+    return [
         graph(
             "Starts",
             "none",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from panels import LIMITS, Limit, Query, graph
+from panels import LIMITS, Limit, Panels, Query, graph
 
 
-def gpu() -> list:
+def gpu() -> list[Panels]:
     """What torch and dcgm-exporter tell of the GPUs; empty on a CPU."""
+    return [*_torch(), *_dcgm()]
+
+
+def _torch() -> list[Panels]:
     return [
         graph(
             "GPU memory reserved",
@@ -33,6 +37,11 @@ def gpu() -> list:
             Query("max(streamswav_mfu_ratio{<run>})", "mfu"),
             most=1,
         ),
+    ]
+
+
+def _dcgm() -> list[Panels]:
+    return [
         graph(
             "Utilisation",
             "percent",
@@ -83,7 +92,7 @@ def gpu() -> list:
     ]
 
 
-def ranks() -> list:
+def ranks() -> list[Panels]:
     """How far the ranks are from one another."""
     return [
         graph(
@@ -112,8 +121,12 @@ def ranks() -> list:
     ]
 
 
-def cluster() -> list:
+def cluster() -> list[Panels]:
     """What node-exporter, cAdvisor and kube-state-metrics tell; empty where they are not scraped."""
+    return [*_pods(), *_nodes()]
+
+
+def _pods() -> list[Panels]:
     return [
         graph(
             "/dev/shm",
@@ -169,6 +182,11 @@ def cluster() -> list:
             Query("sum by (phase) (kube_pod_status_phase{<pods>})", "{{phase}}"),
             stacked=True,
         ),
+    ]
+
+
+def _nodes() -> list[Panels]:
+    return [
         graph(
             "Node load",
             "none",

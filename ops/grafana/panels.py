@@ -20,6 +20,7 @@ PODS = 'namespace=~"$namespace",pod=~"$run.*"'
 LIMITS = {name: each["value"] for name, each in yaml.safe_load(THRESHOLDS.read_text()).items()}
 """The figures at which alerts begin."""
 
+Panels = stat.Panel | statetimeline.Panel | table.Panel | timeseries.Panel
 Panel = TypeVar("Panel", stat.Panel, statetimeline.Panel, table.Panel, timeseries.Panel)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from panels import LIMITS, Limit, Query, graph, listing, number, timeline
+from panels import LIMITS, Limit, Panels, Query, graph, listing, number, timeline
 
 
-def header() -> list:
+def header() -> list[Panels]:
     """State, step, per cent, time left, attempt, loss, age of the checkpoint, alerts, verdict."""
+    return [*_figures(), *_course()]
+
+
+def _figures() -> list[Panels]:
     return [
         number(
             "State",
@@ -61,6 +65,11 @@ def header() -> list:
             ),
             limit=Limit(1),
         ),
+    ]
+
+
+def _course() -> list[Panels]:
+    return [
         graph(
             "Loss",
             "none",
@@ -90,7 +99,7 @@ def header() -> list:
     ]
 
 
-def throughput() -> list:
+def throughput() -> list[Panels]:
     """Images a second, where the time goes, and how much of it was worth it."""
     return [
         graph(
@@ -152,8 +161,12 @@ def throughput() -> list:
     ]
 
 
-def stream() -> list:
-    """What is read, what is passed over, and how the store answers."""
+def stream() -> list[Panels]:
+    """What is passed over, how the store answers, how the loader keeps up, and what is left."""
+    return [*_store(), *_loader(), *_shards()]
+
+
+def _store() -> list[Panels]:
     return [
         graph(
             "Samples passed over",
@@ -209,6 +222,11 @@ def stream() -> list:
             "Bytes a second from the store.",
             Query("sum(rate(streamswav_s3_received_bytes_total{<run>}[$__rate_interval]))", "received"),
         ),
+    ]
+
+
+def _loader() -> list[Panels]:
+    return [
         graph(
             "Loader by stage",
             "none",
@@ -236,6 +254,11 @@ def stream() -> list:
             Query("sum by (state) (streamswav_dataloader_workers{<run>})", "{{state}}"),
             stacked=True,
         ),
+    ]
+
+
+def _shards() -> list[Panels]:
+    return [
         graph(
             "Samples left",
             "none",

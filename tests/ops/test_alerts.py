@@ -72,6 +72,8 @@ def test_the_rules_are_sound():
     done = promtool("check", "rules", str(FOLDER / "rules.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "duplicate" not in done.stdout
+    done = promtool("check", "config", str(FOLDER / "prometheus.yaml"))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_each_alert_is_a_page_or_a_ticket_as_it_deserves():
