@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from shards.build import Built
     from shards.redact import Key, Redactions
     from shards.verify import ShardCheck
-    from streamswav.stream.store import Store
+    from streamswav.redact import Redactor
+from streamswav.stream.store import Store
 
 _INTERRUPTED = 130
 _SHOWN = 20
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.config = load_config(None, os.environ, rest)
         return int(arguments.run(arguments))
     except StreamswavError as error:
-        sys.stderr.write(f"streamswav-shards: {error}\n")
+        sys.stderr.write(f"streamswav-shards: {Redactor().text(str(error))}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("streamswav-shards: interrupted\n")

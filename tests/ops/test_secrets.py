@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 import yaml
-from runs import TINY, arguments, free_port, run, scrape_text, start, start_ranks
+from runs import TINY, arguments, free_port, run, scrape_text, start_ranks
 
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_RETRY
 
@@ -111,13 +111,14 @@ def test_a_run_that_succeeds_keeps_no_secret_anywhere(source, out, tmp_path):
         telemetry={"port": port, "bind": "127.0.0.1", "sinks": "[tensorboard, wandb]"},
     )
     environment = {**SECRETS, "WANDB_MODE": "offline", "WANDB_CACHE_DIR": str(out / "cache")}
-    with start(made, out, environment=environment) as running:
+    with start_ranks(1, made, out, launcher=[], environment=environment) as running:
         while not running.ended:
             pages.append(served(port))
             time.sleep(0.05)
         outcome = running.wait()
     assert outcome.code == EXIT_DONE, outcome.err[-3000:]
     assert "streamswav_loss" in "".join(pages)
+    assert '"last_checkpoint"' in "".join(pages)
     assert outcome.of("probe")
     assert list(out.glob("run/wandb/*/*.wandb"))
     assert list(out.glob("run/tensorboard/*"))
