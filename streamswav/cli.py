@@ -34,6 +34,7 @@ _WITH_RANKS = ("pretrain", "cooldown", "finetune", "embed", "knn", "linear", "sv
 
 _OF_MODULES = {
     "audit": ("audit", "audit", "account for every sample of a run, trained or not"),
+    "verdict": ("verdict", "verdict", "say whether a run learns, why not, and what helps"),
     "knn": ("evaluate", "knn", "measure a trunk by the nearest neighbours of its features"),
     "linear": ("evaluate", "linear", "measure a trunk by linear classifiers on its features"),
     "svm": ("evaluate", "svm", "measure a trunk by linear SVMs on its features"),

@@ -292,6 +292,20 @@ class WatchdogSection(Section):
     evaluation_seconds: Annotated[float, Field(ge=0)] = Field(3600.0, description="measuring the trunk")
 
 
+class HealthSection(Section):
+    """The verdict on the representation of a pretraining run (`ops/health.md`)."""
+
+    verdict: bool = Field(True, description="judge the run at each log line, and keep the history")
+    warmup_images: NonNegativeInt | None = Field(
+        None, description="images without a verdict; default: twice the frozen prototypes' and 200 steps"
+    )
+    hold_steps: NonNegativeInt = Field(
+        30, description="steps, and three log lines, that a condition holds before it is the verdict"
+    )
+    stop: bool = Field(False, description="end the run, saved, with exit code 78 after a bad verdict")
+    stop_steps: NonNegativeInt = Field(1000, description="steps that a bad verdict holds before that")
+
+
 class LabelsSection(Section):
     """Where labels come from: the samples themselves, or a table by their keys."""
 
@@ -424,6 +438,7 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     watchdog: WatchdogSection = WatchdogSection()
+    health: HealthSection = HealthSection()
     labels: LabelsSection = LabelsSection()
     evaluation: EvaluationSection = EvaluationSection()
     finetune: FinetuneSection = FinetuneSection()

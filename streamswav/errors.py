@@ -18,6 +18,7 @@
     ├── LeaseError                      78  another process writes to the run
     ├── NonFiniteError                  78  loss or gradient is not a number
     ├── LoaderDiedError                 1   a loader process was killed
+    ├── HealthError                     78  it learns nothing, and health.stop ends such a run
     ├── PeerError                       75  another rank or node is gone, or never came
     └── DrainedError                    75  stopped by a signal, saved, restart for free
 
@@ -163,6 +164,12 @@ class LoaderDiedError(StreamswavError):
     def __init__(self, message: str, cause: str) -> None:
         super().__init__(message)
         self.cause = cause
+
+
+class HealthError(StreamswavError):
+    """The representation is in a bad state, for as long as `health.stop` lets it; everything is saved."""
+
+    exit_code = EXIT_CONFIG
 
 
 class PeerError(StreamswavError):

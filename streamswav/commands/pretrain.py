@@ -76,7 +76,7 @@ def _build_task(run: Run, config: Config, pace: Pace, initial: Initial) -> Task:
         Augment(config.crops),
         make_calendar(config, pace),
         prototypes=prototypes,
-        device=run.ranks.device,
+        ranks=run.ranks,
     )
 
 

@@ -53,6 +53,7 @@ from streamswav.training.distributed import (
 )
 from streamswav.training.feed import Feed, Hooks
 from streamswav.training.feeding import begun_grid, build_feed
+from streamswav.training.health import build_health
 from streamswav.training.lease import Lease
 from streamswav.training.monitor import Monitor
 from streamswav.training.open_steps import OpenSteps
@@ -192,7 +193,19 @@ def _train(run: Run, program: Program, drain: Drain, watchdog: Watchdog, status:
         saver.resume_from(restored)
     open_sinks(run, images=restored.position.trained if restored else 0)
     log_seconds = config.telemetry.log_seconds
-    monitor = Monitor(run.metrics, reporter, ranks, log_seconds=log_seconds, watchdog=watchdog, status=status)
+    health = build_health(config)
+    if health and restored:
+        health.restore(restored.health)
+    monitor = Monitor(
+        run.metrics,
+        reporter,
+        ranks,
+        log_seconds=log_seconds,
+        watchdog=watchdog,
+        status=status,
+        health=health,
+    )
+    saver.health = health
     saver.listener = monitor
     monitor.describe(run.manifest, _about(config, ranks))
     status.update(

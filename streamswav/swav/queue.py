@@ -47,6 +47,11 @@ class FeatureQueue(nn.Module):
         """Whether the last slot is filled; counted here, since reading the features would wait for them."""
         return self._pushed >= self.features.shape[1]
 
+    @property
+    def fill(self) -> float:
+        """Share of the slots that are filled."""
+        return min(1.0, self._pushed / self.features.shape[1])
+
     @torch.no_grad()
     def push(self, embeddings: Tensor, *, unless: Tensor | None = None) -> None:
         """Put a batch [A, B, D] in front; as many of the oldest embeddings fall out.

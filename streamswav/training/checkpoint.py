@@ -3,6 +3,7 @@
     <run>/checkpoints/step-000001200/model.pt       network and optimizer, the same on all ranks
     <run>/checkpoints/step-000001200/ranks.pt       what each rank has of its own: queue, random state
     <run>/checkpoints/step-000001200/position.json  where the stream is
+    <run>/checkpoints/step-000001200/health.json    state of the verdict, where there is one
     <run>/checkpoints/step-000001200/writer.json    who writes here, written first: nobody else does
     <run>/checkpoints/step-000001200/checkpoint.json  step, images, SHA-256 of the above: it is whole
     <run>/checkpoints/latest                        the name of the newest whole one

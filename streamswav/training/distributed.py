@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from streamswav.errors import ConfigError, PeerError, StreamswavError
 from streamswav.heartbeat import FOLDER_VARIABLE, Heartbeat, find_heartbeat
@@ -71,6 +71,14 @@ class Ranks:
         summed = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(summed, group=self.control)
         return [int(value) for value in summed]
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Add up a tensor on the CPU over all ranks."""
+        if self.control is None:
+            return values
+        summed = values.clone()
+        dist.all_reduce(summed, group=self.control)
+        return summed
 
     def gather(self, value: Plain) -> list[Plain]:
         """Return every rank's value, in their order, on all ranks."""

@@ -18,8 +18,10 @@ from streamswav.telemetry.families import FAMILIES
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Progress, Reporter
 from streamswav.telemetry.status import Status
+from streamswav.telemetry.verdict import VERDICTS, Moment, Verdict
 from streamswav.training.checkpoint import Checkpoint
 from streamswav.training.distributed import Ranks
+from streamswav.training.health import Health
 from streamswav.training.learner import StepResult
 from streamswav.training.measures import GpuMeter, compute_seconds, show_outlook, show_spread
 from streamswav.training.open_steps import Settled
@@ -38,6 +40,7 @@ class Monitor:
         loss_last: mean loss of the steps between the last two logs.
         images_per_second: over this process' whole training.
         images_bound: images a second of all ranks that the arithmetic of their GPUs allows; None: not known.
+        hopeless: the verdict after which the run is to end; the same on all ranks.
     """
 
     def __init__(
@@ -49,8 +52,11 @@ class Monitor:
         log_seconds: float,
         watchdog: Watchdog | None = None,
         status: Status | None = None,
+        health: Health | None = None,
     ) -> None:
         self._watchdog, self._status = watchdog or Watchdog(), status or Status()
+        self._health = health
+        self.hopeless: Verdict | None = None
         self.metrics, self._reporter, self._ranks = metrics, reporter, ranks
         self._log_seconds = log_seconds
         self.loss_first: float | None = None
@@ -204,6 +210,7 @@ class Monitor:
         self.loss_last = loss
         self.metrics.set("loss", loss)
         self.metrics.note(readings)
+        self._judge(Moment(step, images, loss, readings))
         since = images - self._images_begun
         speed = (images - self._images_logged) / seconds
         overall = since / max(elapsed, 1e-9)
@@ -220,6 +227,7 @@ class Monitor:
             readings=readings,
             quarantined=quarantined,
             seconds_left=left / overall if overall and math.isfinite(left) else None,
+            verdict=self._health.verdict.name if self._health and self._health.verdict else None,
         )
         self._reporter.progress(progress)
         told = asdict(progress)
@@ -234,6 +242,34 @@ class Monitor:
         self._logged, self._images_logged, self._phases, self._steps = now, images, defaultdict(float), 0
         self._losses.zero_()
         self._counted.zero_()
+
+    def _judge(self, moment: Moment) -> None:
+        """Have rank 0 judge a log line; where there is no hope any more all ranks know it."""
+        health = self._health
+        if health is None:
+            return
+
+        def hear() -> Verdict | None:
+            if (verdict := health.hear(moment)) is not None:
+                self._tell_verdict(verdict, moment)
+            return health.hopeless
+
+        self.hopeless = self._ranks.lead(hear)
+
+    def _tell_verdict(self, verdict: Verdict, moment: Moment) -> None:
+        name, remedies = verdict.name, [str(each) for each in verdict.remedies]
+        self.metrics.choose("verdict", name, VERDICTS)
+        self._status.update(verdict={"name": name, "sentence": verdict.sentence, "remedies": remedies})
+        tried = "".join(f"; try {each}" for each in remedies[:1])
+        self._reporter.event(
+            "verdict",
+            f"{name}: {verdict.sentence}{tried}",
+            verdict=name,
+            sentence=verdict.sentence,
+            remedies=remedies,
+            step=moment.step,
+            images=moment.images,
+        )
 
     @property
     def images_per_second(self) -> float:

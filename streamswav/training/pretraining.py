@@ -1,19 +1,21 @@
-"""Pretraining as a task: crops, the queue's and the prototypes' times, and how many prototypes are used."""
+"""Pretraining as a task: crops, the queue's and the prototypes' times, the state of the representation."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from streamswav.config import Config
 from streamswav.crops import Augment
 from streamswav.defaults import FREEZE, QUEUE_START
 from streamswav.loader import Batch
+from streamswav.telemetry.representation import Window, gradient_norms, staleness, unique_prototypes
+from streamswav.training.distributed import Ranks
 from streamswav.training.learner import StepResult
 from streamswav.training.pace import Pace, Stride
 from streamswav.training.swav_learner import SwAVLearner
@@ -61,7 +63,7 @@ class Pretraining:
         augment: of the crops, on the device.
         calendar: of prototypes and queue.
         prototypes: K.
-        device: where the learner's network is.
+        ranks: those that train.
     """
 
     def __init__(
@@ -71,12 +73,17 @@ class Pretraining:
         calendar: Calendar,
         *,
         prototypes: int,
-        device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.learner = learner
-        self._augment, self._calendar, self._device = augment, calendar, device
-        self._used = torch.zeros(prototypes, dtype=torch.bool, device=device)
+        self._augment, self._calendar, self._ranks = augment, calendar, ranks
+        objective = learner.objective
+        self._temperature = objective.temperature
+        self._window = Window(
+            prototypes, assigned=objective.assigned, temperature=objective.temperature, device=ranks.device
+        )
         self._pushed: deque[int] = deque()
+        self._frozen = False
 
     @property
     def subject(self) -> nn.Module:
@@ -88,20 +95,21 @@ class Pretraining:
         counts = [len(pixels) for pixels in batch.pixels]
         by_resolution = zip(batch.pixels, torch.split(batch.parameters, counts), strict=True)
         return [
-            self._augment(pixels.to(self._device, non_blocking=True), parameters)
+            self._augment(pixels.to(self._ranks.device, non_blocking=True), parameters)
             for pixels, parameters in by_resolution
         ]
 
     def step(self, tensors: Sequence[Tensor], stride: Stride) -> StepResult:
         """Take one optimizer step on crops. Nothing is read from the device."""
         calendar = self._calendar
+        self._frozen = calendar.freezes(stride)
         result = self.learner.step(
             tensors,
             rate=stride.rate,
-            freeze_prototypes=calendar.freezes(stride),
+            freeze_prototypes=self._frozen,
             use_queue=calendar.queues(stride),
         )
-        self._used[result.scores.argmax(dim=-1).flatten()] = True
+        self._window.add(result.embeddings, result.scores, result.features, skipped=result.skipped)
         self._pushed.append(result.pushed)
         # Embeddings and scores are not held on to until somebody reads the step.
         return StepResult(result.loss, result.grad_norm, result.skipped, result.look)
@@ -114,7 +122,16 @@ class Pretraining:
                 self.learner.take_back(pushed)
 
     def readings(self) -> Mapping[str, float]:
-        """Return ln K, and the share of prototypes that were some image's best since the last time."""
-        usage = float(self._used.float().mean())
-        self._used.zero_()
-        return {"ln_prototypes": math.log(len(self._used)), "prototype_usage_ratio": usage}
+        """Return what the steps since the last time showed, by `telemetry.representation`."""
+        ranks, module, queue = self._ranks, self.learner.module, self.learner.queue
+        found = self._window.read(ranks.add_up, ranks=ranks.world_size, leads=ranks.leads)
+        prototypes = normalize(module.prototypes.weight.detach(), dim=1)
+        found["prototypes_frozen"] = float(self._frozen)
+        found["prototypes_unique_ratio"] = float(unique_prototypes(prototypes))
+        if queue is not None:
+            found["queue_fill_ratio"] = queue.fill
+            if queue.full:
+                stale = staleness(queue.features[0], prototypes, self._temperature)
+                found["queue_staleness_ratio"] = float(stale)
+        parts = {"trunk": module.trunk, "head": module.projection_head, "prototypes": module.prototypes}
+        return found | gradient_norms({name: part.parameters() for name, part in parts.items()})

@@ -16,6 +16,7 @@ from streamswav.stream.position import Position
 from streamswav.stream.store import Store
 from streamswav.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint, unpack
 from streamswav.training.distributed import Ranks
+from streamswav.training.history import forget_history
 from streamswav.training.learner import Learner
 
 
@@ -30,6 +31,7 @@ class Restored:
         position: of the stream.
         shared: network, optimizer and scaler.
         by_rank: random state of every rank, and what else is its own.
+        health: state of the verdict; None: the checkpoint has none.
     """
 
     checkpoint: Checkpoint
@@ -38,6 +40,7 @@ class Restored:
     position: Position
     shared: dict[str, Any]
     by_rank: list[dict[str, Any]]
+    health: Mapping[str, Any] | None = None
 
 
 def restore(folder: CheckpointFolder, store: Store, config: Config, ranks: Ranks) -> Restored | None:
@@ -74,6 +77,7 @@ def restore(folder: CheckpointFolder, store: Store, config: Config, ranks: Ranks
         position=Position.from_json(json.loads(files["position.json"])),
         shared=unpack(files["model.pt"]),
         by_rank=unpack(files["ranks.pt"]),
+        health=json.loads(files.get("health.json", b"null")),
     )
 
 
@@ -82,6 +86,7 @@ def _forget_lists(store: Store, directory: str, step: int) -> None:
     for _, written, url in list(find_lists(store, directory)):
         if written > step:
             store.delete(url)
+    forget_history(store, directory, step)
 
 
 def load_into(learner: Learner, restored: Restored, ranks: Ranks, *, batch: int) -> None:

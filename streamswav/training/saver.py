@@ -34,6 +34,8 @@ from streamswav.training.checkpoint import (
 )
 from streamswav.training.distributed import Ranks
 from streamswav.training.feed import Feed
+from streamswav.training.health import Health
+from streamswav.training.history import write_history
 from streamswav.training.learner import Learner
 from streamswav.training.mirror import Mirror
 from streamswav.training.restore import Restored, describe_model
@@ -87,6 +89,7 @@ class Saver:
     Attributes:
         last: the newest checkpoint of this run; known on rank 0 alone.
         listener: hears how saving goes.
+        health: what judges the run; its state lies in the checkpoints, its history beside them.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class Saver:
         self._worked = self._delayed = False
         self.last: Checkpoint | None = None
         self.listener = listener
+        self.health: Health | None = None
+        self._history: list[str] = []
 
     def resume_from(self, restored: Restored) -> None:
         """Count minutes and images from a checkpoint, and save anew only what it does not hold."""
@@ -182,6 +187,7 @@ class Saver:
         def write() -> None:
             self._background.wait()
             self._unlisted += feed.unwritten
+            self._take_history()
             self._write_lists(step, feed.manifest.shards, self._store)
 
         self._ranks.lead(write)
@@ -231,6 +237,7 @@ class Saver:
         if not self._ranks.leads:
             return
         self._unlisted = unlisted
+        self._take_history()
         snapshot = _Snapshot(
             step=step,
             images=position.trained,
@@ -241,6 +248,8 @@ class Saver:
                 "position.json": json.dumps(position.to_json()).encode(),
                 "run.json": json.dumps({"step": step, "loss_first": loss_first}).encode(),
                 "config.yaml": dump_config(without_secrets(self._config)).encode(),
+                # Apart from what is the same to the bit in every run: lines are logged by the clock.
+                **({"health.json": json.dumps(self.health.state()).encode()} if self.health else {}),
             },
         )
         self._staged_at, self._delayed = self._clock(), False
@@ -315,6 +324,10 @@ class Saver:
         if self.listener is not None:
             getattr(self.listener, what)(*values)
 
+    def _take_history(self) -> None:
+        if self.health:
+            self._history += self.health.take_lines()
+
     def _write_lists(self, step: int, shards: Sequence[Shard], store: Store) -> None:
         """List what was not trained, in files that no checkpoint's end removes, before one counts it.
 
@@ -328,3 +341,5 @@ class Saver:
                 place = new_list(store, self._config.run.directory, outcome, step)
                 store.write(place, lines.encode())
                 self._unlisted = [each for each in self._unlisted if each.outcome != outcome]
+        write_history(store, self._config.run.directory, step, self._history)
+        self._history = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
@@ -25,11 +25,13 @@ class SwAVStep(StepResult):
     Attributes:
         embeddings: unit embeddings [N, B, D].
         scores: prototype scores [N, B, K].
+        features: of the trunk [N, B, F].
         pushed: embeddings an assigned crop that went into the queue, should the step turn out to count.
     """
 
     embeddings: Tensor
     scores: Tensor
+    features: Tensor
     pushed: int
 
 
@@ -69,6 +71,9 @@ class SwAVLearner(Learner):
         self.queue = queue
         self._crops = crops
         self._learn_prototypes = learn_prototypes
+        self._features: Tensor | None = None
+        # What the head is given; so neither the network nor DDP around it has a third result to hand on.
+        self.module.projection_head.register_forward_pre_hook(self._see)
 
     @property
     def module(self) -> SwAVNetwork:
@@ -90,6 +95,7 @@ class SwAVLearner(Learner):
         self._undo.remember()
         self._prototypes.normalise_()
         embeddings, scores = self._forward(crops)
+        features = self._take_features()
         past = queue if queue is not None and queue.full else None
         with self.clock.within("sinkhorn"):
             codes = self.objective.codes(scores.detach(), self._prototypes.weight.detach(), past)
@@ -112,6 +118,7 @@ class SwAVLearner(Learner):
             look=queue is not None and queue.full and past is None,
             embeddings=embeddings,
             scores=scores,
+            features=features,
             pushed=scores.shape[1] if queue is not None else 0,
         )
 
@@ -129,6 +136,7 @@ class SwAVLearner(Learner):
         """
         with self._buffers_kept():
             _, scores = self._forward(crops)
+            self._take_features()
             self._backward(scores.mean())
             self.optimizer.zero_grad()
 
@@ -169,6 +177,15 @@ class SwAVLearner(Learner):
         with self._forward_pass():
             embeddings, scores = self.network(crops)
         return embeddings.unflatten(0, (self._crops, -1)), scores.unflatten(0, (self._crops, -1))
+
+    def _see(self, _: nn.Module, given: tuple[Tensor]) -> None:
+        self._features = given[0].detach()
+
+    def _take_features(self) -> Tensor:
+        """Return the trunk's features [N, B, F] of the last forward pass, and hold them no longer."""
+        features, self._features = self._features, None
+        assert features is not None
+        return features.view(self._crops, -1, features.shape[1])
 
 
 def _own_queue(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from streamswav.errors import (
     BudgetSpentError,
     DrainedError,
+    HealthError,
     NonFiniteError,
     StorageError,
     UnavailableError,
@@ -151,6 +152,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: too many of them were skipped; their samples are listed.
+            HealthError: a bad verdict has held for as long as it may; everything is saved.
         """
         feed, steps = self._feed, self._open_steps
         with self._monitor.clock.waiting():
@@ -171,6 +173,10 @@ class Trainer:
         except NonFiniteError:
             self._saver.list_passed_over(feed, step=self.step)
             raise
+        verdict = self._monitor.hopeless
+        if verdict and not (last or self.done):
+            self._save(wait=True, last=True)
+            raise HealthError(verdict.why_to_stop)
 
     def _save(self, *, wait: bool = False, seconds: float | None = None, last: bool = False) -> bool:
         """Save, unless the last steps were skipped: what they met may be what the weights have become.

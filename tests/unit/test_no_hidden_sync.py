@@ -254,7 +254,7 @@ def test_a_step_sends_nothing_to_the_gpu_while_the_host_waits(monkeypatch: pytes
             Augment(CropsSection()),
             Calendar(freeze_until=1, queue_from=0),
             prototypes=PROTOTYPES,
-            device=ranks.device,
+            ranks=ranks,
         )
         monitor = Monitor(Metrics(), Reporter(silent=True), ranks, log_seconds=1e9)
         monitor.begin(step=0, images=0, loss_first=5.0)
