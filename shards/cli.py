@@ -16,13 +16,13 @@ from streamswav import __version__
 from streamswav.arguments import Parser
 from streamswav.config import Config, load_config
 from streamswav.errors import EXIT_DONE, EXIT_FAILED, ConfigError, StreamswavError
+from streamswav.redact import Redactor
 
 if TYPE_CHECKING:
     from shards.build import Built
     from shards.redact import Key, Redactions
     from shards.verify import ShardCheck
-    from streamswav.redact import Redactor
-from streamswav.stream.store import Store
+    from streamswav.stream.store import Store
 
 _INTERRUPTED = 130
 _SHOWN = 20
