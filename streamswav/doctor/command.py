@@ -15,7 +15,7 @@ from streamswav.doctor.case import Case
 from streamswav.doctor.catalogue import CHECKS
 from streamswav.doctor.report import Report, line, say
 from streamswav.doctor.running import THREAD, Check, exit_code, run_checks
-from streamswav.errors import ConfigError, StreamswavError
+from streamswav.errors import EXIT_RETRY, ConfigError, StreamswavError
 from streamswav.launch_options import LaunchOptions, add_flags, read_options
 from streamswav.planning import find_gpu
 
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, commands: Sequence[str]) -
         help=f"how long the loader is measured; 0: not (default: {SECONDS:g})",
     )
     add("--gpu", metavar="TYPE", help="type of the GPUs, where this machine has none (as for plan)")
+    add("--images", type=int, help=argparse.SUPPRESS)  # so that a command's own arguments may follow --for
     add_flags(parser)
 
 
@@ -88,6 +89,8 @@ def run_doctor(
         if not arguments.json:
             say(line(clean))
     code = exit_code(report.results, strict=arguments.strict)
+    if code == EXIT_RETRY and isinstance(case.launch, LaunchOptions):
+        code = case.launch.retry_code
     say(report.to_json(code) if arguments.json else report.summary(code))
     _leave_abandoned(code)
     return code

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import encode_image
 from meddler import meddling
-from runs import TINY, arguments, free_port, run
+from runs import TINY, arguments, free_port, run, start_ranks
 from tables import tables
 
 from streamswav.cli import main
@@ -28,7 +28,7 @@ from streamswav.doctor.running import Result
 from streamswav.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RETRY
 from streamswav.launch_options import LaunchOptions
 from streamswav.planning import GPUS, find_gpu, recognise
-from streamswav.planning.host import batch_bytes
+from streamswav.planning.host import batch_bytes, count_host
 from streamswav.training.lease import Lease
 
 PAGE = (Path(__file__).parents[2] / "ops" / "doctor.md").read_text()
@@ -160,6 +160,28 @@ def test_only_what_waiting_mends_is_75_and_strict_makes_warnings_fail():
     assert exit_code([ok], strict=True) == EXIT_DONE
     assert exit_code([ok, late], strict=False) == EXIT_RETRY
     assert exit_code([wrong, late], strict=False) == EXIT_CONFIG
+
+
+def test_it_takes_what_the_command_takes_and_ends_with_the_launchers_retry_code(shards, capsys, monkeypatch):
+    monkeypatch.setenv("STREAMSWAV_RETRY_CODE", "143")
+    place = ["--stream.urls", str(shards), "--run.directory", "unused"]
+    nodes = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node-0.invalid", "--dns-seconds", "0"]
+    asked = ["--for", "cooldown", *place, "--images", "100", *nodes, "--only", "configuration", "meeting"]
+    assert main(["doctor", *asked]) == 143
+    assert "1 pass, 0 warn, 1 fail, 0 skip (meeting); exit 143" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["finetune", "lowshot", "evaluate"])
+def test_other_commands_pass_too(shards, tmp_path, command):
+    given = finetuning(
+        shards, labels__classes=10, finetune__test=shards, run__directory=tmp_path / "run", training__batch=8
+    )
+    asked = case(config(stream__urls=shards) if command == "evaluate" else given, command=command, seconds=0)
+    results = {each.name: each.finding for each in run_checks(CHECKS, asked)}
+    left = {name: found for name, found in results.items() if found.status in ("warn", "fail")}
+    assert not {*left} - {"memory", "cores"}, left
+    assert results["labels"].status == ("skip" if command == "evaluate" else "pass")
+    assert results["writing"].status == ("skip" if command == "evaluate" else "pass")
 
 
 def test_a_check_that_crashes_or_hangs_is_a_line_of_its_own():
@@ -525,6 +547,39 @@ def replace_case(asked, **parts):
 def test_what_is_counted_for_shared_memory_is_the_batches_own_size():
     given = config(training__batch=64, crops__sizes="[64, 32]", crops__counts="[2, 6]")
     assert batch_bytes(given, 2) == 32 * 3 * (2 * 64 * 64 + 6 * 32 * 32)
+
+
+@pytest.mark.all
+def test_what_is_counted_for_a_machine_is_more_than_a_run_takes_and_not_much(shards, tmp_path):
+    keys = {"loader.workers": "2", "training.batch": "64", "crops.sizes": "[32, 16]", "stream.columns": "4"}
+    place = [
+        "--stream.urls",
+        str(shards),
+        "--run.directory",
+        str(tmp_path / "run"),
+        "--stream.passes",
+        "1000",
+    ]
+    words = ["pretrain", *(word for key, value in {**TINY, **keys}.items() for word in (f"--{key}", value))]
+    need = count_host(load_config(None, {}, [*words[1:], *place]), world_size=2, ranks=2, cores=2, cuda=False)
+    most = [0, 0, 0]
+    with start_ranks(2, [*words, *place], tmp_path / "log", launcher=[], script=True) as running:
+        running.wait_until(lambda so_far: len(so_far.of("progress")) > 3)
+        for _ in range(5):
+            found = [looked_at(each.pid) for each in running.members()]
+            files, tasks, memory = zip(*found, strict=True)
+            now = max(files), sum(tasks), sum(memory)
+            most = list(map(max, most, now))
+    assert most[0] <= need.files
+    assert need.tasks / 4 < most[1] <= need.tasks
+    assert sum(need.memory.values()) / 3 < most[2] <= sum(need.memory.values())
+
+
+def looked_at(pid):
+    """Open files, threads and bytes (shared pages by their share) of a process."""
+    proc = Path(f"/proc/{pid}")
+    pages = (proc / "smaps_rollup").read_text().partition("Pss:")[2].split()[0]
+    return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir())), 1024 * int(pages)
 
 
 def test_few_open_files(shards):

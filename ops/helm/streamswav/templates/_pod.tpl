@@ -81,7 +81,7 @@ spec:
     # With the container's own GPUs, volumes and identity: what it finds is what the ranks will meet.
     - name: doctor
       {{- include "streamswav.image" . | nindent 6 }}
-      command: [streamswav, doctor, --for, {{ first .arguments }}, --config, /etc/streamswav/{{ .config }}]
+      command: {{ concat (list "streamswav" "doctor" "--for") .arguments | toJson }}
       {{- include "streamswav.containerCommon" . | nindent 6 }}
   {{- end }}
   containers:
