@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from streamswav.config import Config, TrainingSection
 from streamswav.defaults import known
+from streamswav.errors import ConfigError
 from streamswav.models import SwAVNetwork, Trunk, build_network, share_statistics
 from streamswav.swav import FeatureQueue, SwAVLoss, usable_length
 from streamswav.training.distributed import Ranks
@@ -65,12 +67,24 @@ def prepare_network(config: Config) -> SwAVNetwork:
 
 
 def prepare_trunk(trunk: Trunk, section: TrainingSection) -> None:
-    """Say how a trunk is run."""
+    """Say how a trunk is run.
+
+    Raises:
+        ConfigError: it is to be compiled, and nothing here can.
+    """
     trunk.recompute_blocks = section.activation_checkpointing
     if section.compile:
+        _require_compiler()
         # Block by block: they share their code, and may be computed again for the backward pass.
         for block in trunk.blocks():
             block.compile()
+
+
+def _require_compiler() -> None:
+    """Refuse before the first step, which would meet it deep inside torch."""
+    if not any(shutil.which(name) for name in ("gcc", "g++", "cc", "c++", "clang")):
+        reason = "needs a C compiler, and there is none; take an image of ops/build-image --compile, or false"
+        raise ConfigError("training.compile", reason, value=True)
 
 
 def build_queue(config: Config, world_size: int) -> FeatureQueue | None:

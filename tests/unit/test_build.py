@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,14 @@ def test_pieces_too_small_for_batch_statistics_are_named() -> None:
     learner = build_learner(Config.model_validate({**tiny, "training": training}), Ranks())
     with pytest.raises(ConfigError, match=r"training\.batch: too few images at once"):
         learner.step([torch.randn(BATCH, 3, size, size) for size in (16, 8)], **STEP)
+
+
+def test_where_no_compiler_is_a_trunk_that_is_to_be_compiled_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^training\.compile = True: needs a C compiler"):
+        built(compile=True)
 
 
 @pytest.mark.all
