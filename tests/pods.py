@@ -42,6 +42,12 @@ mkdir -p /etc/streamswav
 cp "$3"/* /etc/streamswav/
 """
 
+_ASK = """
+import sys, urllib.request
+for url in sys.argv[1:]:
+    print(urllib.request.urlopen(url, timeout=10).status)
+"""
+
 
 def _run(*command: object) -> None:
     done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
@@ -145,16 +151,28 @@ class Pod:
         """Its host name: that without the Service."""
         return self.name.partition(".")[0]
 
-    def start(self, folder: Path) -> Running:
-        """Start the container: command, arguments and environment are what was rendered."""
-        (container,) = self.template["spec"]["containers"]
+    def start(self, folder: Path, *, kind: str = "containers") -> Running:
+        """Start the container, or another kind: command, arguments and environment are what was rendered."""
+        (container,) = self.template["spec"][kind]
         program, *rest = container["command"]
         assert program == "streamswav"
         folder.mkdir(parents=True)
         output = (folder / "stdout", folder / "stderr")
-        given = [*rest, *container["args"]]
+        given = [*rest, *container.get("args", [])]
         move = functools.partial(_move, self.holder)
         return Running(Fork(given, output, [self.environment()], spares=2, move=move), output)
+
+    def probe(self) -> dict[str, int]:
+        """The answers to the container's probes, as a kubelet asks for them: status by path."""
+        (container,) = self.template["spec"]["containers"]
+        ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+        asked = [container[kind]["httpGet"] for kind in ("readinessProbe", "livenessProbe")]
+        urls = [f"http://{address(self.index)}:{ports[each['port']]}{each['path']}" for each in asked]
+        enter = ["nsenter", "-t", str(self.cluster.bridge), "-n", sys.executable, "-c", _ASK, *urls]
+        done = subprocess.run(enter, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        answers = map(int, done.stdout.split())
+        return {each["path"]: status for each, status in zip(asked, answers, strict=True)}
 
     def environment(self) -> dict[str, str]:
         """Its variables, with what they refer to; what is optional and not there is not set."""

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from charts import one, pod_templates, render
+from charts import one, over, pod_templates, render
 from controllers import End, after
 from pods import PORT, SERVER, cluster
 from runs import TINY, run
 
 HOSTS = Path("/etc/hosts")
 COUNTS = [25, 14, 31]
-PASSES = 8
+PASSES = 12
 NAMES = {"jobset": "first-node-0-{}.first", "job": "first-{}.first"}
 
 
@@ -38,6 +38,24 @@ def values(engine):
     return {"engine": engine, "gpusPerNode": 0, "identity": {"secret": "keys"}, "config": config}
 
 
+@pytest.mark.all
+def test_doctor_finds_nothing_wrong_in_the_pods_in_which_it_is_an_init_container(
+    make_shards, s3_keys, tmp_path
+):
+    objects = render(over(values("jobset"), {"doctor": {"enabled": True}}), tmp_path)
+    files = one(objects, "ConfigMap", "first")["data"]
+    names = [NAMES["jobset"].format(index) for index in range(2)]
+    with (
+        cluster(tmp_path / "cluster", *s3_keys) as there,
+        there.gang(next(pod_templates(objects)), files, names) as pods,
+    ):
+        make_shards(there.buckets / "bucket" / "shards", counts=COUNTS)
+        started = [pod.start(tmp_path / "out" / str(pod.index), kind="initContainers") for pod in pods]
+        with started[0], started[1]:
+            outcomes = [each.wait() for each in started]
+    assert [each.code for each in outcomes] == [0, 0], outcomes[0].out + outcomes[0].err
+
+
 def saved_after(step):
     return lambda so_far: any(event["step"] >= step for event in so_far.of("checkpoint"))
 
@@ -58,6 +76,7 @@ def test_pods_as_rendered_drain_together_and_their_restart_completes_the_pass(
         first, second = (pod.start(tmp_path / "first" / str(pod.index)) for pod in pods)
         with first, second:
             first.wait_until(saved_after(2))
+            assert [pod.probe() for pod in pods] == [{"/readyz": 200, "/healthz": 200}] * 2
             second.signal(signal.SIGTERM)  # as the kubelet does when this pod is preempted
             ends = [second.wait(60).code, first.wait(60).code]
         assert ends == [75, 75], first.so_far().err[-3000:]
