@@ -31,6 +31,12 @@ def test_the_gang_meets_at_its_first_pod():
     assert main_pod(rendered("job"))["subdomain"] == "first"
 
 
+def test_a_stores_name_is_looked_up_as_it_is_and_a_pods_in_its_domain():
+    for engine in ENGINES:
+        assert main_pod(rendered(engine))["dnsConfig"] == {"options": [{"name": "ndots", "value": "2"}]}
+    assert "first-node-0-0.first".count(".") < 2 <= "s3.amazonaws.com".count(".")
+
+
 def test_where_an_operator_sets_the_rendezvous_the_chart_does_not():
     for engine, name in (("trainjob", "node"), ("pytorchjob", "pytorch")):
         (container,) = main_pod(rendered(engine))["containers"]

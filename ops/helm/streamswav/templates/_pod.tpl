@@ -42,6 +42,10 @@ spec:
   serviceAccountName: {{ include "streamswav.serviceAccount" $v }}
   automountServiceAccountToken: false # nothing here talks to Kubernetes; IRSA and Pod Identity bring their own
   enableServiceLinks: false
+  dnsConfig:
+    # A store's name has two dots or more: without this each look-up asks for it in four search domains first.
+    options:
+      - {name: ndots, value: "2"}
   {{- with .subdomain }}
   subdomain: {{ . }}
   {{- end }}
