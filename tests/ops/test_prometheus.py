@@ -98,7 +98,7 @@ def healthy(s3, make_shards, tmp_path_factory) -> Iterator[Seen]:
         )
         with start_ranks(2, given, folder / "out", launcher=["--max-restarts", "1"]) as running:
             server.wait_for('streamswav_checkpoints_total{outcome="ok"} > 2', seconds=90)
-            server.wait_for("streamswav_rankme")  # the last to come: it needs many rows
+            server.wait_for("streamswav_rankme", seconds=120)  # the last to come: it needs many rows
             server.wait_for('count_over_time(streamswav_run_state{state="training"}[1m]) >= 15')
             yield Seen(running, server, folder)
             running.signal(signal.SIGTERM)
