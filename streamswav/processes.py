@@ -205,9 +205,10 @@ def _prepare_worker(number: int, *, leash: Connection, logs: LogSettings) -> Non
     """A signal to the process group must not take a worker; the leash does, when the rank lets go of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # First: should what follows fail when the rank is gone, nothing else would end this process.
+    threading.Thread(target=_end_with, args=(leash,), name="leash", daemon=True).start()
     set_up_logs(replace(logs, worker=number))
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(leash,), name="leash", daemon=True).start()
 
 
 def _end_with(leash: Connection) -> None:
