@@ -221,7 +221,8 @@ def test_a_run_is_known_to_prometheus_by_its_name_and_namespace():
     assert template["metadata"]["labels"]["streamswav-run"] == "first"
     (container,) = template["spec"]["containers"]
     assert {"name": "metrics", "containerPort": 9404} in container["ports"]
-    assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+    for kind in ("startupProbe", "livenessProbe"):
+        assert container[kind]["httpGet"] == {"path": "/healthz", "port": "metrics"}
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
 
 
@@ -244,7 +245,7 @@ def test_without_the_operator_nothing_of_it_is_made():
     annotations = next(pod_templates(objects))["metadata"]["annotations"]
     assert (annotations["prometheus.io/scrape"], annotations["prometheus.io/port"]) == ("true", "9404")
     (container,) = main_pod(rendered("jobset", "no metrics"))["containers"]
-    assert not {"livenessProbe", "readinessProbe"} & container.keys()
+    assert not {"startupProbe", "livenessProbe", "readinessProbe"} & container.keys()
 
 
 def test_evictions_are_refused_while_the_gang_is_up():

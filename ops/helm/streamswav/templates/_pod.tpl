@@ -188,14 +188,16 @@ ports:
   {{- if and $port .config }}
   - {name: metrics, containerPort: {{ $port }}}
 {{- /* Progress is no probe's business: the launcher's watchdog ends what hangs, phase by phase, with stacks. */}}
+startupProbe: # ten minutes: on a fresh host torch is read from a cold disk before anything can answer
+  httpGet: {path: /healthz, port: metrics}
+  periodSeconds: 10
+  failureThreshold: 60
 readinessProbe:
   httpGet: {path: /readyz, port: metrics}
   periodSeconds: 10
 livenessProbe:
   httpGet: {path: /healthz, port: metrics}
-  # torch takes its time to be imported, and on a loaded host the launcher may answer late.
-  initialDelaySeconds: 60
-  periodSeconds: 20
+  periodSeconds: 20 # two minutes in all: on a loaded host the launcher may answer late
   timeoutSeconds: 10
   failureThreshold: 6
   {{- end }}
