@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -11,13 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import make_wsgi_app
 
 from streamswav.errors import ConfigError
+from streamswav.telemetry.logs import own_log
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.multiprocess import collected_registry, shared_folder
 
@@ -94,13 +96,28 @@ def measure_shared_memory(metrics: Metrics) -> None:
     metrics.set("shm_used_bytes", (found.f_blocks - found.f_bfree) * found.f_frsize)
 
 
+class _Complaint(io.StringIO):
+    """What the server says of an answer that failed, on its way to the log."""
+
+    def flush(self) -> None:
+        """Tell it in one line."""
+        if text := self.getvalue().strip():
+            own_log().tell("warning", "the endpoint could not answer a request", traceback=text)
+        self.seek(0)
+        self.truncate()
+
+
 class _Handler(WSGIRequestHandler):
-    """Says nothing of requests; one that does not come is not waited for long."""
+    """Says nothing of requests but where an answer fails; one that does not come is not waited for long."""
 
     timeout = PATIENCE_SECONDS
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def get_stderr(self) -> TextIO:
+        """Return where the traceback of an answer that failed is written to."""
+        return _Complaint()
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):

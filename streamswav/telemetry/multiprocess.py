@@ -72,11 +72,20 @@ class SharedCollector(MultiProcessCollector):
     def collect(self) -> Iterable[Metric]:
         """Return the families, by name; one of which nobody has told anything is there without values."""
         forget_dead(self._folder)
-        found: Iterable[Metric] = super().collect()  # type: ignore[no-untyped-call]
+        files = [str(file) for file in self._folder.glob("*.db") if _begun(file)]
+        found: Iterable[Metric] = self.merge(files, accumulate=True)  # type: ignore[no-untyped-call]
         names = {f.name: PREFIX + f.name.removesuffix("_total") for f in FAMILIES.values()}
         metrics = {names[f.name]: Metric(names[f.name], f.text, f.kind) for f in FAMILIES.values()}
         metrics |= {metric.name: metric for metric in found}
         return [metrics[name] for name in sorted(metrics)]
+
+
+def _begun(file: Path) -> bool:
+    """Whether there is something in a file: for a moment after a process makes one it is empty."""
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def collected_registry(folder: Path) -> CollectorRegistry:

@@ -6,9 +6,12 @@ import json
 import logging
 import os
 import pty
+import socket
 import struct
 import termios
 import threading
+import urllib.error
+import urllib.request
 import warnings
 from dataclasses import replace
 
@@ -18,7 +21,9 @@ from tqdm.utils import disp_len
 from streamswav.config import parse_config
 from streamswav.redact import HIDDEN, Redactor, redact
 from streamswav.telemetry import logs
+from streamswav.telemetry.exporter import Source, serve
 from streamswav.telemetry.logs import Log, LogSettings, own_log, set_up_logs
+from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Progress, Reporter
 
 PROGRESS = Progress(
@@ -195,6 +200,23 @@ def test_the_width_is_the_terminals():
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 57, 0, 0))
         assert Log(stream=stream).width == 57
         assert Log(stream=stream).human
+
+
+def test_an_answer_of_the_endpoint_that_fails_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+
+    def fail():
+        raise RuntimeError("no status, and password=hunter2")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serve(Source(Metrics(), status=fail), port=port, bind="127.0.0.1"):
+        with pytest.raises(urllib.error.HTTPError, match="500") as caught:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=10)
+        caught.value.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["traceback"].endswith(f"RuntimeError: no status, and password={HIDDEN}")
 
 
 def test_there_is_always_a_log(monkeypatch):

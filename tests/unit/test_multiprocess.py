@@ -77,6 +77,12 @@ def test_counts_outlive_their_process_and_files_do_not_grow_with_processes(start
     assert len(list(tmp_path.glob("*.db"))) <= 2 * files
 
 
+def test_a_file_that_is_being_made_hides_no_other(start, tmp_path):
+    start()
+    (tmp_path / "counter_7.db").touch()
+    assert requests(tmp_path) == 2
+
+
 def test_gauges_of_the_living_go_with_a_process_that_is_killed(start, tmp_path):
     processes = [start(live=True), start(live=True)]
     assert sample(tmp_path, "dataloader_workers", state="busy") == 2
