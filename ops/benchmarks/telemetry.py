@@ -1,6 +1,6 @@
 """What telemetry costs a step: training with all of it and without, turn by turn.
 
-    .venv/bin/python ops/benchmarks/telemetry.py                  # 3 minutes on one core
+    .venv/bin/python ops/benchmarks/telemetry.py                  # 2 minutes on one core
     .venv/bin/python ops/benchmarks/telemetry.py --json telemetry.json
 
 One learner takes blocks of steps in this process, on one thread. With: the monitor hears of every step, as
@@ -39,7 +39,7 @@ from streamswav.training.pace import Stride
 from streamswav.training.phases import PhaseClock
 from streamswav.training.pretraining import Calendar, Pretraining
 
-CROPS = ((2, 96), (4, 48))
+CROPS = ((2, 64), (4, 32))
 PROTOTYPES = 1000
 
 
@@ -136,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=16, help="of a step")
+    parser.add_argument("--images", type=int, default=4, help="of a step")
     parser.add_argument(
         "--steps", type=int, default=10, help="of a block, which ends with a log line and a scrape"
     )
