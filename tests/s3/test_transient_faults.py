@@ -25,7 +25,7 @@ from streamswav.stream.store.clients import Clients
 from streamswav.stream.store.remote import CONNECTIONS
 from streamswav.stream.store.s3 import PART_BYTES
 from streamswav.stream.store.throttle import shared_throttle
-from streamswav.telemetry.metrics import REQUEST_OUTCOMES
+from streamswav.telemetry.families import REQUEST_OUTCOMES
 
 sys.path.append(str(Path(__file__).parents[2] / "ops" / "benchmarks"))
 from fault_proxy import FAULTS, FaultProxy, Rates
