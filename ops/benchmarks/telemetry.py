@@ -1,13 +1,14 @@
 """What telemetry costs a step: training with all of it and without, turn by turn.
 
-    .venv/bin/python ops/benchmarks/telemetry.py                  # 2 minutes on one core
+    .venv/bin/python ops/benchmarks/telemetry.py                  # 2 minutes of one core
     .venv/bin/python ops/benchmarks/telemetry.py --json telemetry.json
 
-One learner takes blocks of steps in this process, on one thread. With: the monitor hears of every step, as
-from the trainer, its values lie in a shared folder, a log line with readings ends each block, and somebody
-scrapes once a block. Without: the step alone. What counts is the median over the blocks of each kind; blocks
-are interleaved, so that what else the machine does meets both. `accounted` is what
-`streamswav_telemetry_seconds_total` says of itself.
+One learner takes blocks of steps in this process, on one thread. With: the task keeps what the health of the
+representation is told by, the monitor hears of every step, as from the trainer, values lie in a shared folder,
+a log line with all readings ends each block, and somebody scrapes once a block. Without: the learner's step
+alone. What counts is the core's time, its median over the blocks of each kind; blocks are interleaved, so that
+what else the machine does meets both. `accounted` is what `streamswav_telemetry_seconds_total` says of itself,
+in seconds of the clock.
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ def take_steps(
 ) -> float:
     """Take a block of steps, told to the monitor if there is one, and return the seconds."""
     task.learner.clock = monitor.clock if monitor else PhaseClock()
-    began = time.perf_counter()
+    began = time.process_time()
     for number in range(options.steps):
         stride = Stride(rate=0.01, images=options.images * number, done=0.0)
         if monitor is None:
-            task.step(crops, stride)
+            task.learner.step(crops, rate=stride.rate, freeze_prototypes=False, use_queue=False)
             continue
         with monitor.clock.within("forward_backward"):
             result = task.step(crops, stride)
@@ -108,8 +109,9 @@ def take_steps(
             step=options.steps, images=images, fraction=0.5, rate=0.01, quarantined=0, read=task.readings
         )
         list(collected_registry(folder).collect())  # a scrape, by this same thread
-    spent = time.perf_counter() - began
-    task.settled([False] * options.steps)
+    spent = time.process_time() - began
+    if monitor is not None:
+        task.settled([False] * options.steps)
     return spent
 
 
@@ -129,7 +131,7 @@ def build_task(images: int, ranks: Ranks) -> Pretraining:
     )
     learner = build_learner(config, ranks)
     calendar = Calendar(freeze_until=0, queue_from=0)
-    return Pretraining(learner, Augment(config.crops), calendar, prototypes=PROTOTYPES, device=ranks.device)
+    return Pretraining(learner, Augment(config.crops), calendar, prototypes=PROTOTYPES, ranks=ranks)
 
 
 def parse() -> argparse.Namespace:
