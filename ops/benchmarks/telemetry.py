@@ -3,12 +3,12 @@
     .venv/bin/python ops/benchmarks/telemetry.py                  # 2 minutes of one core
     .venv/bin/python ops/benchmarks/telemetry.py --json telemetry.json
 
-One learner takes blocks of steps in this process, on one thread. With: the task keeps what the health of the
-representation is told by, the monitor hears of every step, as from the trainer, values lie in a shared folder,
-a log line with all readings ends each block, and somebody scrapes once a block. Without: the learner's step
-alone. What counts is the core's time, its median over the blocks of each kind; blocks are interleaved, so that
-what else the machine does meets both. `accounted` is what `streamswav_telemetry_seconds_total` says of itself,
-in seconds of the clock.
+One learner takes blocks of steps in this process, on one thread. With: the task keeps what the health of
+the representation is told by, the monitor hears of every step, as from the trainer, values lie in a
+shared folder, a log line with all readings ends each block, and somebody scrapes once a block. Without:
+the learner's step alone. What counts is the core's time, its median over the blocks of each kind; blocks
+are interleaved, so that what else the machine does meets both. `accounted` is what
+`streamswav_telemetry_seconds_total` says of itself, in seconds of the clock.
 """
 
 from __future__ import annotations
