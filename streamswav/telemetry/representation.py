@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 MOMENT_ROWS = 64
 """Rows a step, of one crop, whose spread and moments are taken."""
 
-ASSIGNED_ROWS = 256
+ASSIGNED_ROWS = 128
 """Rows a step, of all crops, whose softmax over the prototypes is taken."""
 
 RANK_ROWS = 12.5
@@ -205,10 +205,9 @@ class Window:
         own = (self._used.double(), self._shares.double(), self._share_sums.double(), self._sums.double())
         summed = add(torch.cat(own).cpu())
         used, shares, share_sums, sums = torch.split(summed, [len(each) for each in own])
-        found = {
-            "ln_prototypes": math.log(self._prototypes),
-            "prototype_usage_ratio": usage(int((used > 0).sum()), self._used_rows * ranks, self._prototypes),
-        }
+        found = {"ln_prototypes": math.log(self._prototypes)}
+        if best := self._used_rows * ranks:
+            found["prototype_usage_ratio"] = usage(int((used > 0).sum()), best, self._prototypes)
         (entropies, rows), (agreement, spreads, steps) = share_sums.tolist(), sums.tolist()
         if rows:
             within, whole = entropies / rows, float(entropy(shares / rows))

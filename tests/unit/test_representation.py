@@ -208,7 +208,7 @@ def test_a_healthy_window() -> None:
     assert found["ln_prototypes"] == pytest.approx(math.log(PROTOTYPES))
     assert found["prototype_usage_ratio"] == 1.0
     assert found["embedding_std_ratio"] == pytest.approx(1.0, abs=0.05)
-    assert found["assignment_entropy_ratio"] > 0.99
+    assert found["assignment_entropy_ratio"] > 0.98
     assert found["embedding_rankme"] > 0.9 * DIM
     assert found["rankme"] > 0.9 * DIM
     assert 0.3 < found["crop_agreement_ratio"] < 1
