@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,3 +239,21 @@ def test_the_sentence_shows_figures_and_thresholds() -> None:
     few = healthy().lines(5, loss=5.0, prototype_usage_ratio=0.05).last.sentence
     assert "5.0%" in few
     assert f"{Thresholds().usage:.0%}" in few
+
+
+GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "verdicts.json").read_text())
+
+
+@pytest.mark.parametrize("name", GOLDENS["runs"])
+def test_real_runs_get_the_verdicts_that_they_got(name: str) -> None:
+    """Readings of the trials of `ops/benchmarks/verdicts.py`, as they were logged."""
+    run = GOLDENS["runs"][name]
+    settings = replace(SETTINGS, prototypes=128, batch=128)
+    judge = Judge(settings, Thresholds(hold_steps=15), warmup_images=9600)
+    names: list[str] = []
+    for step, loss, *values in run["lines"]:
+        pairs = zip(GOLDENS["columns"][2:], values, strict=True)
+        readings = {column: value for column, value in pairs if value is not None}
+        found = judge.hear(Moment(step, 128 * step, math.nan if loss is None else loss, readings)).name
+        names += [] if names and names[-1] == found else [found]
+    assert names == run["verdicts"]
