@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from itertools import product
@@ -29,7 +29,7 @@ class Role(Enum):
     LOADER = ("reader",)
     LAUNCHER = ("pod",)
     FIRST_LAUNCHER = ("pod", "state")
-    NONE = ()
+    NONE = frozenset[Feeder]()  # Python 3.11.2, which Debian has, makes something else of an empty tuple
 
 
 class Metrics:
@@ -43,7 +43,7 @@ class Metrics:
     """
 
     def __init__(self, role: Role = Role.ALONE, registry: CollectorRegistry | None = None) -> None:
-        fed: tuple[Feeder, ...] = role.value
+        fed: Collection[Feeder] = role.value
         if fed:
             share_values()
         self.role, self.registry = role, registry or CollectorRegistry()
