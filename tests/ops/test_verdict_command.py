@@ -109,8 +109,8 @@ def test_a_run_that_goes_on_keeps_its_verdict_and_its_history(
     """It goes on from the checkpoint before the last, as after a crash: what came after it comes again."""
     folder = tmp_path / "run"
     shutil.copytree(bad, folder)
-    (last,) = (folder / "checkpoints").glob(f"step-{STEPS:09d}")
-    shutil.rmtree(last)
+    for last in (folder / "checkpoints").glob(f"step-{STEPS:09d}*"):  # one of the end of the pass as well
+        shutil.rmtree(last)
     (folder / "summary.json").unlink()
     before = max(int(each.name[5:14]) for each in (folder / "checkpoints").glob("step-*"))
     assert before < STEPS
