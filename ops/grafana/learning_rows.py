@@ -48,10 +48,12 @@ def _signs() -> list[Panels]:
             Query("max(streamswav_embedding_rankme{<run>})", "embedding"),
         ),
         graph(
-            "Codes",
+            "Assignments",
             "percentunit",
-            "Entropy of the codes' mean to ln K; share of images whose crops agree on the best prototype.",
+            "Entropy of the mean softmax over the prototypes, and what each tells of its image (0 when stuck), "
+            "to ln K; share of pairs of crops that agree on the best prototype.",
             Query("max(streamswav_assignment_entropy_ratio{<run>})", "entropy"),
+            Query("max(streamswav_assignment_information_ratio{<run>})", "information"),
             Query("max(streamswav_crop_agreement_ratio{<run>})", "agreement"),
             most=1,
         ),

@@ -26,6 +26,7 @@ gauge learning_rate
 gauge gradient_norm{part=all|trunk|head|prototypes}
 gauge prototype_usage_ratio
 gauge assignment_entropy_ratio
+gauge assignment_information_ratio
 gauge embedding_std_ratio
 gauge rankme
 gauge embedding_rankme
