@@ -50,8 +50,8 @@ def _signs() -> list[Panels]:
         graph(
             "Assignments",
             "percentunit",
-            "Entropy of the mean softmax over the prototypes, and what each tells of its image (0 when stuck), "
-            "to ln K; share of pairs of crops that agree on the best prototype.",
+            "To ln K: entropy of the mean softmax over the prototypes, and what each tells of its image (0: "
+            "stuck). Share of pairs of crops that agree on the best prototype.",
             Query("max(streamswav_assignment_entropy_ratio{<run>})", "entropy"),
             Query("max(streamswav_assignment_information_ratio{<run>})", "information"),
             Query("max(streamswav_crop_agreement_ratio{<run>})", "agreement"),
