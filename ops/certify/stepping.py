@@ -116,15 +116,21 @@ class Stopwatch:
 
 
 class TimedLoss:
-    """The objective with Sinkhorn and loss as a phase."""
+    """The objective with Sinkhorn and loss as a phase: all that a learner asks of it."""
 
     def __init__(self, objective: SwAVLoss, watch: Stopwatch) -> None:
         self._objective, self._watch = objective, watch
         self.assigned = objective.assigned
 
-    def __call__(self, *given: Any) -> Any:
+    def codes(self, *given: Any) -> Any:
+        """As the objective's."""
         with self._watch.phase("sinkhorn+loss"):
-            return self._objective(*given)
+            return self._objective.codes(*given)
+
+    def loss(self, *given: Any) -> Any:
+        """As the objective's."""
+        with self._watch.phase("sinkhorn+loss"):
+            return self._objective.loss(*given)
 
 
 def speed(context: Context, *, compiled: bool, exact: bool) -> Figures:

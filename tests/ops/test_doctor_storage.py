@@ -126,7 +126,7 @@ def test_storage_out_of_reach(bucket):
     class Nobody:
         url = f"http://127.0.0.1:{free_port()}"
 
-    shown("storage that is out of reach", case(on_s3(Nobody, f"{bucket}/", storage__deadline_seconds=1)))
+    shown("storage that is out of reach", case(on_s3(Nobody, f"{bucket}/", storage__deadline_seconds=5)))
 
 
 @pytest.mark.parametrize(

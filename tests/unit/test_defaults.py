@@ -47,7 +47,12 @@ def test_each_choice_has_a_reason_and_is_what_the_configuration_got():
 
 def test_nothing_that_a_step_needs_stays_open():
     config, _ = resolve(Config(), GPU)
-    may_be_open = {"training.images", "checkpoint.images", "stream.follow_idle_seconds"}
+    may_be_open = {
+        "training.images",
+        "checkpoint.images",
+        "stream.follow_idle_seconds",
+        "health.warmup_images",
+    }
     of_others = ("storage.", "labels.", "evaluation.", "finetune.")
     left = {key for key in keys() if value_of(config, key) is None and not key.startswith(of_others)}
     assert left == may_be_open
