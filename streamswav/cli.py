@@ -29,6 +29,7 @@ from streamswav.telemetry.logs import Log, LogSettings, own_log, set_up_logs, te
 from streamswav.telemetry.secrecy import without_secrets
 
 _INTERRUPTED = 130
+_ABOUT = "Self-supervised pretraining of image trunks (SwAV) from tar shards. COMMAND --help says more."
 _WITH_METRICS = ("pretrain", "cooldown", "finetune", "lowshot", "launch")
 _WITH_RANKS = ("pretrain", "cooldown", "finetune", "embed", "knn", "linear", "svm", "evaluate")
 
@@ -38,7 +39,11 @@ _OF_MODULES = {
     "knn": ("evaluate", "knn", "measure a trunk by the nearest neighbours of its features"),
     "linear": ("evaluate", "linear", "measure a trunk by linear classifiers on its features"),
     "svm": ("evaluate", "svm", "measure a trunk by linear SVMs on its features"),
-    "evaluate": ("evaluate", "evaluate", "measure a trunk by several of these on the same features"),
+    "evaluate": (
+        "evaluate",
+        "evaluate",
+        "measure a trunk by kNN, linear classifiers and SVMs on the same features",
+    ),
     "compare": ("compare", "compare", "show results of several measurements side by side"),
     "embed": ("embed", "embed", "write what a network says of every image, as tables"),
     "export": ("export", "export", "write a trunk for torchvision, timm, detectron2, ONNX and others"),
@@ -115,7 +120,7 @@ def _local_rank() -> int:
 
 def _build_parser(command: str) -> Parser:
     """Build the parser; only `command` needs its arguments where declaring them imports torch."""
-    parser = Parser(prog="streamswav", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="streamswav", description=_ABOUT, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"streamswav {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     pretrain = _add_command(commands, "pretrain", _train, "train a trunk on tar shards, in one pass")

@@ -714,6 +714,8 @@ def _explain(error: ValidationError) -> ConfigError:
         if "accumul" in key:
             return ConfigError(key, _NO_ACCUMULATION, value=first["input"], nearest="training.micro_batches")
         return ConfigError(key, "there is no such key", value=first["input"], nearest=_nearest(key))
+    if first["type"] == "model_type":
+        return ConfigError(key, f"is a section; its keys stand below it, as {key}.KEY", value=first["input"])
     if first["type"] == _REFUSAL:
         return ConfigError(**first["ctx"])
     return ConfigError(key, first["msg"].removeprefix("Value error, "), value=first["input"])

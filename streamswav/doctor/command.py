@@ -75,6 +75,9 @@ def run_doctor(
     """
     if arguments.seconds < 0:
         raise ConfigError("--seconds", "must not be negative", value=arguments.seconds)
+    if arguments.keys and not arguments.keys[0].startswith("-"):
+        reason = "takes no command as a word: leave it out for pretrain, or say --for COMMAND"
+        raise ConfigError("doctor", reason, value=arguments.keys[0])
     case = Case(
         command=arguments.for_command,
         given=_or_error(read_config),

@@ -65,6 +65,11 @@ def test_a_good_bucket_passes_and_nothing_is_left_behind(bucket, s3, capsys):
     assert sorted(left) == ["shard-000000.tar", "shard-000001.tar"]
 
 
+def test_a_command_as_a_word_is_told_how_to_be_named(capsys):
+    assert main(["doctor", "pretrain", "--stream.urls", "shards/"]) == EXIT_CONFIG
+    assert "--for COMMAND" in capsys.readouterr().err
+
+
 def test_a_typo_in_the_configuration_is_the_same_error_as_pretrains(tmp_path, capsys):
     file = tmp_path / "typo.yaml"
     file.write_text("swav: {epsilom: 0.03}\n")

@@ -29,6 +29,8 @@ def help_of(program, *words):
 
 
 def flags(words):
+    """What a command is told, up to `--`, after which it is another's."""
+    words = words[: words.index("--")] if "--" in words else words
     return [word.partition("=")[0] for word in words if word.startswith("-")]
 
 

@@ -205,3 +205,8 @@ def test_pieces_of_a_batch_have_no_statistics_of_the_whole_batch() -> None:
 def test_statistics_of_the_whole_batch_are_not_those_of_groups() -> None:
     with pytest.raises(ConfigError, match=r"training\.sync_batch_norm = 1: .*topology_invariant"):
         load_config(arguments=["--training.sync_batch_norm", "1", "--training.topology_invariant", "true"])
+
+
+def test_a_section_that_is_a_value_is_told_to_have_keys() -> None:
+    with pytest.raises(ConfigError, match=r"^run = 'x': is a section; its keys stand below it"):
+        parse_config({"run": "x"})
