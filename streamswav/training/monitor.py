@@ -115,13 +115,16 @@ class Monitor:
             shown = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
             self._reporter.event("probe", shown, step=step, images=images, **scores)
 
-    def stepped(self, result: StepResult, *, step: int, images: int, rate: float) -> None:
-        """Record one step."""
+    def stepped(
+        self, result: StepResult, *, step: int, images: int, rate: float, watch: Callable[[], None]
+    ) -> None:
+        """Record one step, and have its task watch it."""
         self._watchdog.enter("step")
         if self.loss_first is None:  # the first step is logged at once, so it may be read
             first = self._mean_over_ranks(float(result.loss))
             self.loss_first = first if math.isfinite(first) else None
         began = time.perf_counter()
+        watch()
         self._grad_norm = result.grad_norm
         # A loss that is not finite was skipped with its step.
         self._losses += torch.where(result.skipped, 0.0, result.loss)

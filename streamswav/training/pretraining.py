@@ -18,7 +18,7 @@ from streamswav.telemetry.representation import Window, gradient_norms, stalenes
 from streamswav.training.distributed import Ranks
 from streamswav.training.learner import StepResult
 from streamswav.training.pace import Pace, Stride
-from streamswav.training.swav_learner import SwAVLearner
+from streamswav.training.swav_learner import SwAVLearner, SwAVStep
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Pretraining:
         self._window = Window(
             prototypes, assigned=objective.assigned, temperature=objective.temperature, device=ranks.device
         )
+        self._unwatched: SwAVStep | None = None
         self._pushed: deque[int] = deque()
         self._frozen = False
 
@@ -109,10 +110,16 @@ class Pretraining:
             freeze_prototypes=self._frozen,
             use_queue=calendar.queues(stride),
         )
-        self._window.add(result.embeddings, result.scores, result.features, skipped=result.skipped)
         self._pushed.append(result.pushed)
+        self._unwatched = result
         # Embeddings and scores are not held on to until somebody reads the step.
         return StepResult(result.loss, result.grad_norm, result.skipped, result.look)
+
+    def watch(self) -> None:
+        """Add the last step to the window, and let go of its embeddings and scores."""
+        if (last := self._unwatched) is not None:
+            self._window.add(last.embeddings, last.scores, last.features, skipped=last.skipped)
+            self._unwatched = None
 
     def settled(self, skipped: Sequence[bool]) -> None:
         """Take back from the queue's account what steps pushed that did not count."""

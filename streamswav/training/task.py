@@ -29,6 +29,9 @@ class Task(Protocol):
     def step(self, tensors: Sequence[Tensor], stride: Stride) -> StepResult:
         """Take one optimizer step. Nothing is read from the device."""
 
+    def watch(self) -> None:
+        """Take of the last step what `readings` will need. Nothing is read from the device."""
+
     def settled(self, skipped: Sequence[bool]) -> None:
         """Hear of the steps since the last time, in order, which of them were skipped."""
 

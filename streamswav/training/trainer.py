@@ -71,7 +71,9 @@ class Trainer:
             feed.commit(batch)
             self._open_steps.add(batch, result)
             self.step += 1
-            monitor.stepped(result, step=self.step, images=feed.seen, rate=stride.rate)
+            monitor.stepped(
+                result, step=self.step, images=feed.seen, rate=stride.rate, watch=self._task.watch
+            )
             if feed.log_agreed or feed.save_agreed or result.look:
                 self._look(stride.rate)
             if self._evaluation_due:

@@ -262,7 +262,7 @@ def test_a_step_sends_nothing_to_the_gpu_while_the_host_waits(monkeypatch: pytes
             crops = [torch.randn(n * 8, 3, size, size, device="cuda") for n, size in ((2, 16), (1, 8))]
             with transfers:
                 result = task.step(crops, Stride(rate=0.1, images=8 * step, done=8 * step))
-                monitor.stepped(result, step=step, images=8, rate=0.1)
+                monitor.stepped(result, step=step, images=8, rate=0.1, watch=task.watch)
     assert transfers.on_gpu
     assert transfers.found == []
 

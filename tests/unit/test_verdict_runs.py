@@ -62,6 +62,7 @@ def train(steps: int = STEPS, **changed: Any) -> list[str]:
         crops = shown + 0.7 * torch.randn(shown.shape, generator=generator)
         rate = config.optimizer.rate or 0.0
         result = task.step([crops], Stride(rate=rate, images=step * BATCH, done=step))
+        task.watch()
         losses.append(result.loss)
         if step % EVERY == 0:
             loss = float(torch.stack(losses).mean())

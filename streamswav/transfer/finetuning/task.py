@@ -104,6 +104,7 @@ class Finetuning:
         self.learner = learner
         self._augment, self._mixing, self._device = augment, mixing, device
         self._classes, self._multi = classes, multi
+        self._unwatched: tuple[Tensor, Tensor] | None = None
         self._right = torch.zeros((), dtype=torch.int64, device=device)
         self._seen = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -129,10 +130,17 @@ class Finetuning:
             )
             images, targets = self._mixing(images, shares, seen=stride.images)
         result, scores = self.learner.step(images, targets, rate=stride.rate)
-        if not self._multi:  # of mixed images the one whose label counts is the batch's own
-            self._right += (scores[0].argmax(dim=1) == labels).sum()
-            self._seen += len(labels)
+        self._unwatched = scores[0], labels
         return result
+
+    def watch(self) -> None:
+        """Count which images of the last step were classified right."""
+        if self._unwatched is not None and not self._multi:
+            # Of mixed images the one whose label counts is the batch's own.
+            scores, labels = self._unwatched
+            self._right += (scores.argmax(dim=1) == labels).sum()
+            self._seen += len(labels)
+        self._unwatched = None
 
     def settled(self, skipped: Sequence[bool]) -> None:
         """Nothing beside the weights depends on which steps counted."""
