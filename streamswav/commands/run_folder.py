@@ -14,7 +14,7 @@ from streamswav.errors import ConfigError, PositionError, StreamswavError
 from streamswav.stream.grid import Grid
 from streamswav.stream.manifest import Manifest, Shard, list_manifest
 from streamswav.stream.redaction import newest_version
-from streamswav.stream.store import Store, join, redact
+from streamswav.stream.store import Store, join, leaving_no_empty_folder, redact
 from streamswav.telemetry.metrics import Metrics
 from streamswav.telemetry.progress import Reporter
 from streamswav.training.checkpoint import CheckpointFolder
@@ -144,11 +144,12 @@ def hold_lease(config: Config, ranks: Ranks, reporter: Reporter) -> Iterator[Lea
         seconds=config.checkpoint.lease_seconds,
         tell=lambda text: reporter.event("lease", text),
     )
-    ranks.lead(lambda: lease.acquire(above=checkpoints_of(config, store).last_writer()))
-    try:
-        yield lease
-    finally:
-        lease.release()
+    with leaving_no_empty_folder(config.run.directory):
+        ranks.lead(lambda: lease.acquire(above=checkpoints_of(config, store).last_writer()))
+        try:
+            yield lease
+        finally:
+            lease.release()
 
 
 def mirror_of(run: Run) -> Mirror | None:

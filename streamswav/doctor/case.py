@@ -17,16 +17,16 @@ from streamswav.commands.pretrain import resolve_open
 from streamswav.commands.run_folder import checkpoints_of, read_begun
 from streamswav.config import Config
 from streamswav.defaults import Facts, resolve
-from streamswav.doctor.finding import NotLookedAtError
+from streamswav.doctor.finding import NO_CONFIGURATION, NotLookedAtError
 from streamswav.doctor.machine import Machine
 from streamswav.doctor.specimens import Specimens, take_specimens
-from streamswav.errors import ConfigError, StreamswavError
+from streamswav.errors import ConfigError, StorageError, StreamswavError, UnavailableError
 from streamswav.launch import count_ranks
 from streamswav.launch_options import LaunchOptions
 from streamswav.planning import GPUS, Gpu, Plan, Request, make_plan, recognise, trunk_parameters
 from streamswav.stream.manifest import Manifest, list_manifest
 from streamswav.stream.position import Position
-from streamswav.stream.store import Store
+from streamswav.stream.store import CREDENTIALS, IdentityError, Store
 from streamswav.training.checkpoint import Checkpoint
 from streamswav.training.distributed import Ranks
 from streamswav.transfer.finetuning.defaults import complete, rules_that_hold
@@ -103,7 +103,8 @@ class Case:
 
     def __post_init__(self) -> None:
         self.failures: set[str] = set()
-        self.listing = Once("listing", lambda: list_manifest(self.urls, self.store))
+        self._lost: dict[tuple[str, type[StorageError]], str] = {}
+        self.listing = Once("listing", self._list)
         self.specimens: Once[Specimens] = Once(
             "shard", lambda: take_specimens(self.shards.shards[0], self.store)
         )
@@ -120,7 +121,7 @@ class Case:
             NotLookedAtError: there is none.
         """
         if isinstance(self.given, StreamswavError):
-            raise NotLookedAtError("builds upon configuration, which failed")
+            raise NotLookedAtError(NO_CONFIGURATION)
         return self.given
 
     @property
@@ -131,7 +132,7 @@ class Case:
             NotLookedAtError: that is not known.
         """
         if isinstance(self.launch, StreamswavError):
-            raise NotLookedAtError("builds upon configuration, which failed")
+            raise NotLookedAtError(NO_CONFIGURATION)
         return self.launch
 
     @property
@@ -208,6 +209,28 @@ class Case:
         if name in self.failures:
             raise NotLookedAtError(f"builds upon {name}, which failed")
 
+    def learn(self, error: StreamswavError, name: str) -> None:
+        """Keep in mind, where a check failed by it, that storage is out of reach or refuses the identity."""
+        if isinstance(error, UnavailableError | IdentityError):
+            kind = IdentityError if isinstance(error, IdentityError) else UnavailableError
+            self._lost.setdefault((_server(error.url), kind), name)
+
+    def reach(self, *urls: str, signed: bool = True) -> None:
+        """Look no further where a check before did not get through to the storage of one of these URLs.
+
+        Args:
+            urls: that are to be asked.
+            signed: whether it matters who asks.
+
+        Raises:
+            NotLookedAtError: it did not.
+        """
+        kinds = (UnavailableError, IdentityError) if signed else (UnavailableError,)
+        for url in urls:
+            for kind in kinds:
+                if name := self._lost.get((_server(url), kind)):
+                    raise NotLookedAtError(f"builds upon {name}, which failed")
+
     @property
     def ranks_here(self) -> int:
         """Ranks of this machine."""
@@ -243,6 +266,10 @@ class Case:
             return self.gpu_type
         device = torch.cuda.get_device_properties(0)
         return recognise(device.name, device.total_memory)
+
+    def _list(self) -> Manifest:
+        self.reach(*self.urls)
+        return list_manifest(self.urls, self.store)
 
     def _read_newest(self) -> tuple[Checkpoint, Position, list[str]] | None:
         told: list[str] = []
@@ -301,6 +328,16 @@ class Case:
             return make_plan(request)
         except ConfigError as error:
             raise NotLookedAtError(f"planning cannot tell: {error}") from None
+
+
+def _server(url: str) -> str:
+    """Where a URL lies: all of S3 is one server with one identity, and local folders are each their own."""
+    scheme, mark, rest = url.removeprefix("@").partition("://")
+    if url == CREDENTIALS or scheme == "s3":
+        return "s3"
+    if not mark or scheme == "file":
+        return url
+    return f"{scheme}://{rest.partition('/')[0]}"
 
 
 def config_of(case: Case) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import threading
@@ -13,7 +14,8 @@ from typing import TypeVar
 from streamswav.config import Config
 from streamswav.doctor.case import Case
 from streamswav.doctor.catalogue import CHECKS
-from streamswav.doctor.report import Report, line, say
+from streamswav.doctor.finding import NO_CONFIGURATION, count
+from streamswav.doctor.report import Report, line, say, without_configuration
 from streamswav.doctor.running import THREAD, Check, exit_code, run_checks
 from streamswav.errors import EXIT_RETRY, ConfigError, StreamswavError
 from streamswav.launch_options import LaunchOptions, add_flags, read_options
@@ -86,11 +88,15 @@ def run_doctor(
         seconds=arguments.seconds,
         gpu_type=None if arguments.gpu is None else find_gpu(arguments.gpu),
     )
+    # What storage is asked in vain, and how often, is in the finding.
+    logging.getLogger("streamswav.stream.store").setLevel(logging.ERROR)
     report = Report(case.command, environment)
     for result in run_checks(_chosen(arguments), case):
         clean = report.add(result)
-        if not arguments.json:
+        if not arguments.json and not without_configuration(clean):
             say(line(clean))
+    if not arguments.json and (left := sum(map(without_configuration, report.results))):
+        say(f"skip  {count(left, 'check')}: {NO_CONFIGURATION}")
     code = exit_code(report.results, strict=arguments.strict)
     if code == EXIT_RETRY and isinstance(case.launch, LaunchOptions):
         code = case.launch.retry_code

@@ -9,6 +9,9 @@ Status = Literal["pass", "warn", "fail", "skip"]
 STATUSES: tuple[Status, ...] = ("pass", "warn", "fail", "skip")
 
 
+NO_CONFIGURATION = "builds upon configuration, which failed"
+
+
 class NotLookedAtError(Exception):
     """A check has nothing to look at, or what it builds upon was not there; its text says which."""
 
@@ -51,6 +54,11 @@ def failed(text: str, remedy: str, *, waits: bool = False) -> Finding:
 def skipped(text: str) -> Finding:
     """There was nothing to look at."""
     return Finding("skip", text)
+
+
+def count(number: int, what: str) -> str:
+    """A number of things."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def size(count: float) -> str:

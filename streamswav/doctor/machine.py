@@ -12,10 +12,11 @@ _UNLIMITED = 1 << 60  # cgroup v1 says "none" by the largest page-aligned number
 
 @dataclass(frozen=True)
 class Limit:
-    """An amount, and what sets it."""
+    """An amount, and what sets it; one that `is_set` can be raised, others are what there is."""
 
     amount: float
     source: str
+    is_set: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Machine:
     def _available(self) -> Iterator[Limit]:
         for line in (_read(self.proc / "meminfo") or "").splitlines():
             if line.startswith("MemAvailable:"):
-                yield Limit(int(line.split()[1]) * 1024, "free memory of the machine")
+                yield Limit(int(line.split()[1]) * 1024, "free memory of the machine", is_set=False)
 
     def _settings(self, controller: str, new: str, old: str) -> Iterator[tuple[Path, str]]:
         """Yield what a controller is set to for this process: its own group, and those above that it sees."""

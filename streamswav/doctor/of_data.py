@@ -179,7 +179,13 @@ CHECKS = (
     Check("shard", check_shard, seconds=60),
     Check("images", check_images, seconds=60),
     Check("sizes", check_sizes),
-    Check("selection", check_selection, seconds=120, remedies=_GIVEN),
+    Check(
+        "selection",
+        check_selection,
+        seconds=120,
+        remedies=_GIVEN,
+        asks=lambda case: case.config.stream.exclude,
+    ),
     Check("labels", check_labels, seconds=120, remedies=_GIVEN),
-    Check("init", check_init),
+    Check("init", check_init, asks=lambda case: [case.config.model.init]),
 )

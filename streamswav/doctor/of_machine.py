@@ -22,6 +22,16 @@ SCRATCH_BYTES = 1 << 20
 
 _FILLED = 0.8
 
+_LEVERS = {
+    "launcher and ranks": "the number of ranks",
+    "loader processes": "loader.workers",
+    "blocks and windows": "stream.memory, stream.window or loader.workers",
+    "batches": "training.batch, loader.prefetch or loader.workers",
+    "model": "training.batch",
+    "checkpoint": "the size of the model (model.trunk)",
+}
+"""What makes a part of the memory smaller."""
+
 
 def check_shm(case: Case) -> Finding:
     """Hold the size of /dev/shm against the batches on their way to the ranks."""
@@ -79,14 +89,21 @@ def check_memory(case: Case) -> Finding:
     sure = sum(need.memory.values())
     parts = ", ".join(f"{part} {size(amount)}" for part, amount in need.memory.items())
     text = f"{size(limit.amount)} ({limit.source}); needed are {size(sure)}: {parts}"
-    remedy = (
-        f"raise the limit to {size(1.2 * (sure + need.budget))}, or lower stream.memory or loader.workers"
-    )
+    enough = size(1.2 * (sure + need.budget))
+    more = f"raise the limit to {enough}" if limit.is_set else f"use a machine with {enough} free"
     if limit.amount < sure:
-        return failed(text, remedy)
+        largest = max(need.memory, key=need.memory.__getitem__)
+        return failed(text, f"{more}, or lower {_LEVERS[largest]}{_elsewhere(case, largest)}")
     if limit.amount < sure + need.budget:
-        return warned(f"{text}; stream.memory lets windows grow by {size(need.budget)} more", remedy)
+        grown = f"{text}; stream.memory lets windows grow by {size(need.budget)} more"
+        return warned(grown, f"{more}, or lower stream.memory or loader.workers")
     return passed(text)
+
+
+def _elsewhere(case: Case, largest: str) -> str:
+    """What else helps where the model counts that a GPU would hold."""
+    gpu = largest == "model" and case.config.training.device == "auto"
+    return "; is the run meant for GPUs? --gpu TYPE counts it there" if gpu else ""
 
 
 def check_cores(case: Case) -> Finding:

@@ -26,7 +26,7 @@ from streamswav.errors import (
     UnsupportedError,
 )
 from streamswav.stream.cache import check_cache
-from streamswav.stream.store import join, redact
+from streamswav.stream.store import join, leaving_no_empty_folder, redact
 from streamswav.training.feeding import begun_grid
 from streamswav.training.lease import LEASE_FILE, LONG_OVER_SECONDS, RENEWALS, parse_holder
 
@@ -94,13 +94,14 @@ def check_conditions(case: Case) -> Finding:
 def _scratch(case: Case, directory: str) -> Iterator[str]:
     """Give the URL of an object of no name but this check's, and remove it, whatever happens."""
     url = join(directory, f".doctor-{uuid.uuid4().hex}")
-    try:
-        yield url
-    except BaseException:
-        with contextlib.suppress(StorageError):
-            case.store.delete(url)
-        raise
-    case.store.delete(url)
+    with leaving_no_empty_folder(directory):
+        try:
+            yield url
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                case.store.delete(url)
+            raise
+        case.store.delete(url)
 
 
 def check_holder(case: Case) -> Finding:
@@ -220,20 +221,26 @@ def _read_if_there(case: Case, url: str) -> bytes | None:
         return None
 
 
+def _directory(case: Case) -> list[str]:
+    return [case.config.run.directory] if case.trains else []
+
+
 CHECKS = (
-    Check("writing", check_writing, remedies=_WRITING),
-    Check("copy", check_copy, remedies=_WRITING),
-    Check("conditions", check_conditions, remedies=_WRITING),
+    Check("writing", check_writing, remedies=_WRITING, asks=_directory),
+    Check("copy", check_copy, remedies=_WRITING, asks=lambda case: [case.config.checkpoint.copy_to]),
+    Check("conditions", check_conditions, remedies=_WRITING, asks=_directory),
     Check(
         "holder",
         check_holder,
         seconds=120,
         remedies={LeaseError: "stop it, wait for its end, or choose another run.directory"},
+        asks=_directory,
     ),
     Check(
         "run",
         check_run,
         remedies={PositionError: _ELSEWHERE, CheckpointError: _ELSEWHERE, ConfigError: _ELSEWHERE},
+        asks=_directory,
     ),
     Check(
         "cache", check_cache_folder, remedies={ConfigError: "mount a writable disk there, or name another"}

@@ -9,6 +9,7 @@ from streamswav.doctor.case import Case
 from streamswav.doctor.finding import Finding, NotLookedAtError, failed, passed, warned
 from streamswav.doctor.running import Check
 from streamswav.drain import Drain
+from streamswav.errors import StreamswavError
 
 PATIENCE_SECONDS = 60.0
 
@@ -17,6 +18,7 @@ def check_rate(case: Case) -> Finding:
     """Read and crop for a while with the loader processes of one rank."""
     if case.seconds <= 0:
         raise NotLookedAtError("nothing is measured (--seconds 0)")
+    case.after("settings")
     manifest, config = case.shards, _of_one_rank(case)
     report, failure = measure(
         config, Drain(), manifest=manifest, seconds=case.seconds, patience=PATIENCE_SECONDS
@@ -71,7 +73,16 @@ def _duration(case: Case, report: Report, rate: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{60 * hours:.1f} min" if 60 * hours >= 1 else "less than a minute"
 
 
-CHECKS = (Check("rate", check_rate, seconds=PATIENCE_SECONDS + 30),)
+CHECKS = (
+    Check(
+        "rate",
+        check_rate,
+        seconds=PATIENCE_SECONDS + 30,
+        remedies={StreamswavError: "look closer: streamswav stream URL --seconds 60"},
+    ),
+)

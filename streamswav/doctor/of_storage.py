@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from streamswav.doctor.case import Case
-from streamswav.doctor.finding import Finding, NotLookedAtError, failed, passed, size, skipped, warned
+from streamswav.doctor.finding import Finding, NotLookedAtError, count, failed, passed, size, skipped, warned
 from streamswav.doctor.running import Check
 from streamswav.errors import (
     ChangedError,
@@ -53,6 +53,8 @@ def check_clock(case: Case) -> Finding:
     urls = [url for url in _places(case) if "://" in url and not url.startswith("file://")]
     if not urls:
         raise NotLookedAtError("all storage is local")
+    case.after("identity")
+    case.reach(urls[0], signed=False)  # a clock that is wrong is a reason why nobody is let in
     ahead = case.store.clock_ahead(urls[0].removeprefix("@"))
     if ahead is None:
         raise NotLookedAtError("the server tells no time")
@@ -71,8 +73,9 @@ def check_listing(case: Case) -> Finding:
     began = time.monotonic()
     manifest = case.shards
     seconds = time.monotonic() - began
-    counted = f", {manifest.samples:,} samples" if manifest.samples is not None else ""
-    return passed(f"{len(manifest.shards):,} shards, {size(manifest.size)}{counted}, in {seconds:.1f} s")
+    counted = f", {count(manifest.samples, 'sample')}" if manifest.samples is not None else ""
+    shards = count(len(manifest.shards), "shard")
+    return passed(f"{shards}, {size(manifest.size)}{counted}, in {seconds:.1f} s")
 
 
 def check_ranges(case: Case) -> Finding:
@@ -130,20 +133,21 @@ CHECKS = (
             "or set storage.anonymous for a public bucket"
         },
     ),
-    Check("clock", check_clock, remedies={UnavailableError: _REACH}),
     Check(
         "listing",
         check_listing,
         seconds=300,
         remedies={
             NotFoundError: "correct bucket and prefix in stream.urls, or storage.endpoint_url",
-            DeniedError: "use credentials that the server knows, and allow them s3:ListBucket on the bucket",
+            DeniedError: "use credentials that the server knows (and see `clock`), and allow them "
+            "s3:ListBucket on the bucket",
             ManifestError: "correct stream.urls: shards are objects whose names end in .tar",
             UnsupportedError: "correct stream.urls or the storage section as the line says",
             UnavailableError: _REACH,
             StorageError: "correct stream.urls or the storage section",
         },
     ),
+    Check("clock", check_clock, remedies={UnavailableError: _REACH}),
     Check(
         "ranges",
         check_ranges,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamswav import __version__
-from streamswav.doctor.finding import STATUSES
+from streamswav.doctor.finding import NO_CONFIGURATION, STATUSES
 from streamswav.doctor.running import Result
 from streamswav.redact import Redactor
 
@@ -37,10 +37,10 @@ class Report:
     def summary(self, code: int) -> str:
         """Return the closing line."""
         counts = Counter(each.finding.status for each in self.results)
-        told = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
         failures = [each.name for each in self.results if each.finding.status == "fail"]
-        named = f" ({', '.join(failures)})" if failures else ""
-        return f"doctor for {self._command}: {told}{named}; exit {code}"
+        named = {"fail": f" ({', '.join(failures)})" if failures else ""}
+        told = ", ".join(f"{counts[status]} {status}{named.get(status, '')}" for status in STATUSES)
+        return f"doctor for {self._command}: {told}; exit {code}"
 
     def to_json(self, code: int) -> str:
         """Return everything as JSON."""
@@ -76,6 +76,11 @@ def line(result: Result) -> str:
     finding = result.finding
     remedy = f" -> {finding.remedy}" if finding.remedy else ""
     return f"{finding.status}  {result.name:<14}{finding.text}{remedy}"
+
+
+def without_configuration(result: Result) -> bool:
+    """Tell whether there was nothing to look at for want of a configuration."""
+    return result.finding.text == NO_CONFIGURATION
 
 
 def say(text: str) -> None:

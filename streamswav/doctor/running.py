@@ -35,7 +35,7 @@ _REMEDIES: Remedies = {
     DeniedError: "give this identity the permission (`identity` says whose), or use another",
     UnsupportedError: "use an address that can do this",
     UnavailableError: "see that this machine reaches it (name, proxies, network policies); then try again",
-    StreamswavError: "the line says what is wrong",
+    StreamswavError: "mend what the line names",
 }
 
 
@@ -48,12 +48,14 @@ class Check:
         look: looks at it. What it raises is a failure; `NotLookedAtError`: there is nothing to see.
         seconds: that it may take, beyond `Case.seconds` where it measures.
         remedies: for the errors that it may raise, before those that hold for all checks.
+        asks: the URLs that it asks storage for; where one before it did not get through, it does not try.
     """
 
     name: str
     look: Callable[[Case], Finding]
     seconds: float = 30.0
     remedies: Remedies = field(default_factory=dict)
+    asks: Callable[[Case], Sequence[str]] = lambda _: ()
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,12 @@ def _run(check: Check, case: Case) -> Finding:
 
 def _look(check: Check, case: Case) -> Finding:
     try:
+        case.reach(*check.asks(case))
         return check.look(case)
     except NotLookedAtError as reason:
         return skipped(str(reason))
     except StreamswavError as error:
+        case.learn(error, check.name)
         return _of_error(error, check.remedies)
     except Exception as error:  # a check that crashes is a finding, not the end of the others
         text = " ".join(f"the check itself failed: {type(error).__name__}: {error}".split())

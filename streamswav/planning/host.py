@@ -1,8 +1,9 @@
 """What the ranks of one machine need of it: memory, shared memory, open files, processes and threads.
 
 Sizes of batches follow from the configuration. What Python, torch and their threads take is measured, on two
-CPU cores with two ranks of two loader processes: 290 MB for the launcher and for a rank before its model,
-140 MB for the fork server's share and each loader process; 33 files and 11 threads a rank, 23 and 8 a loader
+CPU cores with two ranks of two loader processes: 310 MB for the launcher and 420 MB for a rank before
+its model, 130 MB for the fork server's share and each loader process, pages that the kernel can take back
+left out; 33 files and 11 threads a rank, 23 and 8 a loader
 process. That of CUDA is an allowance, not yet measured on a GPU.
 """
 
@@ -18,6 +19,8 @@ from streamswav.stream.memory import share_memory
 
 PYTHON = 320 << 20
 """Bytes of a process that has imported torch, before it does anything."""
+RANK = 448 << 20
+"""The same of one that has imported what trains."""
 FORKED = 160 << 20
 """The same of one that was forked from the fork server."""
 CUDA = 2 << 30
@@ -78,7 +81,7 @@ def count_host(
     used = _stream_bytes(config, world_size, sample_bytes)
     tensors = len(config.crops.sizes) + 2
     memory = {
-        "launcher and ranks": (ranks + 1) * PYTHON + (ranks * CUDA if cuda else 0),
+        "launcher and ranks": PYTHON + ranks * RANK + (ranks * CUDA if cuda else 0),
         "loader processes": ranks * ((workers + 1) * FORKED if workers else 0),
         "blocks and windows": streams * used,
         "batches": held,

@@ -70,6 +70,12 @@ def test_no_directory_for_the_run(shards, tmp_path):
     refused(arguments(stream={"urls": shards}), tmp_path, "run.directory", "runs/first")
 
 
+def test_nothing_is_left_of_a_run_that_did_not_begin(given, tmp_path):
+    place = tmp_path / "runs" / "first"
+    refused(given(stream={"urls": tmp_path / "none"}, run={"directory": place}), tmp_path / "out", "none")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_output_that_cannot_be_written(given, tmp_path):
     (tmp_path / "file").write_text("")
     refused(given(run={"directory": tmp_path / "file" / "run"}), tmp_path / "out", "file/run", "written")

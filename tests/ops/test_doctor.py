@@ -84,8 +84,7 @@ def test_a_typo_in_the_configuration_is_the_same_error_as_pretrains(tmp_path, ca
     assert says.strip('"') in lines[0]
     assert remedy.strip('"') in lines[0]
     assert (name, status, code) == ("`configuration`", "fail", "78")
-    assert [line.split()[0] for line in lines[1:3]] == ["skip", "skip"]
-    assert lines[-1].endswith("1 fail, 2 skip (configuration); exit 78")
+    assert lines[-1].endswith("1 fail (configuration), 2 skip; exit 78")
 
 
 def test_only_what_waiting_mends_is_75_and_strict_makes_warnings_fail():
@@ -104,7 +103,7 @@ def test_it_takes_what_the_command_takes_and_ends_with_the_launchers_retry_code(
     nodes = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node-0.invalid", "--dns-seconds", "0"]
     asked = ["--for", "cooldown", *place, "--images", "100", *nodes, "--only", "configuration", "meeting"]
     assert main(["doctor", *asked]) == 143
-    assert "1 pass, 0 warn, 1 fail, 0 skip (meeting); exit 143" in capsys.readouterr().out
+    assert "1 pass, 0 warn, 1 fail (meeting), 0 skip; exit 143" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["finetune", "lowshot", "evaluate"])
@@ -143,6 +142,22 @@ def test_what_a_failed_check_was_for_is_skipped_with_its_name(tmp_path):
     for name in ("ranges", "tags", "shard", "images", "sizes", "settings", "rate"):
         assert (statuses[name].status, statuses[name].text) == ("skip", "builds upon listing, which failed")
     assert statuses["shm"].status in ("pass", "skip")
+
+
+def test_without_a_configuration_what_builds_upon_it_is_one_line(capsys):
+    assert main(["doctor", "--swav.epsilom", "1", "--only", "configuration", "listing", "shm"]) == EXIT_CONFIG
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        "skip  2 checks: builds upon configuration, which failed",
+        "doctor for pretrain: 0 pass, 0 warn, 1 fail (configuration), 2 skip; exit 78",
+    ]
+
+
+def test_a_look_leaves_no_folder_behind(shards, tmp_path):
+    asked = case(config(stream__urls=shards, run__directory=tmp_path / "runs" / "first"))
+    found = {each.name: each.finding.status for each in run_checks(CHECKS, asked)}
+    assert found["writing"] == "pass"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_no_secret_is_ever_printed(s3, monkeypatch, capsys):

@@ -4,10 +4,12 @@ import contextlib
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from conftest import encode_image
 from doctor_cases import (
+    BY_NAME,
     case,
     config,
     finetuning,
@@ -17,6 +19,8 @@ from doctor_cases import (
 )
 from meddler import meddling
 from runs import free_port
+
+from streamswav.doctor import run_checks
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,30 @@ def test_no_credentials(s3, bucket, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     shown("no credentials", case(on_s3(s3, f"{bucket}/")))
+
+
+def in_s3(asked):
+    """Which of the checks that ask storage failed, and what the others say."""
+    names = ("identity", "listing", "clock", "ranges", "writing", "conditions", "holder", "run", "rate")
+    found = {each.name: each.finding for each in run_checks([BY_NAME[name] for name in names], asked)}
+    failed = [name for name, finding in found.items() if finding.status == "fail"]
+    return failed, {finding.text for name, finding in found.items() if finding.status == "skip"}
+
+
+def test_want_of_credentials_is_told_once(s3, bucket, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    failed, skipped = in_s3(case(on_s3(s3, f"{bucket}/", run__directory=f"{bucket}/run")))
+    assert failed == ["identity"]
+    assert skipped == {"builds upon identity, which failed"}
+
+
+def test_storage_out_of_reach_is_waited_for_once(bucket):
+    nobody = SimpleNamespace(url=f"http://127.0.0.1:{free_port()}")
+    keys = {"storage__deadline_seconds": 2, "run__directory": f"{bucket}/run"}
+    failed, skipped = in_s3(case(on_s3(nobody, f"{bucket}/", **keys)))
+    assert failed == ["listing"]
+    assert skipped == {"builds upon listing, which failed"}
 
 
 class Sts(BaseHTTPRequestHandler):

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, Protocol
 from streamswav.config import StorageSection
 from streamswav.errors import NotFoundError, UnsupportedError
 from streamswav.redact import redact
-from streamswav.stream.store.identity import Identity, find_identity
-from streamswav.stream.store.local import LocalFiles
-from streamswav.stream.store.retry import OnRequest
+from streamswav.stream.store.identity import CREDENTIALS, Identity, find_identity
+from streamswav.stream.store.local import LocalFiles, leaving_no_empty_folder
+from streamswav.stream.store.retry import IdentityError, OnRequest
 from streamswav.stream.store.s3 import S3
 from streamswav.stream.store.urls import (
     HTTP,
@@ -36,13 +36,16 @@ from streamswav.stream.store.urls import (
 from streamswav.stream.store.web import Web
 
 __all__ = [
+    "CREDENTIALS",
     "Identity",
+    "IdentityError",
     "ObjectInfo",
     "Store",
     "find_identity",
     "fixed_part",
     "is_pattern",
     "join",
+    "leaving_no_empty_folder",
     "redact",
 ]
 

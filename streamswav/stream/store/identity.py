@@ -26,7 +26,8 @@ _LINKS = {
     "iam-role": "the instance's role",
     "sso": "single sign-on",
 }
-_NAME = "AWS credentials"
+CREDENTIALS = "AWS credentials"
+"""What an error about them names in place of a URL."""
 _UNKNOWN_KEYS = ("InvalidClientTokenId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidIdentityToken")
 
 
@@ -62,7 +63,7 @@ def find_identity(section: StorageSection) -> Identity:
         credentials = session.get_credentials()
         if credentials is None:
             reason = "none were found in any link of the chain (environment, files, roles)"
-            raise IdentityError(_NAME, reason)
+            raise IdentityError(CREDENTIALS, reason)
         credentials.get_frozen_credentials()
     except (BotoCoreError, ClientError, OSError) as error:
         raise _denied(error) from None
@@ -75,9 +76,9 @@ def find_identity(section: StorageSection) -> Identity:
     except (BotoCoreError, ClientError, OSError) as error:
         if isinstance(error, ClientError) and error.response["Error"]["Code"] in _UNKNOWN_KEYS:
             code = error.response["Error"]["Code"]
-            raise IdentityError(_NAME, f"those of {link} are not taken by AWS ({code})") from None
+            raise IdentityError(CREDENTIALS, f"those of {link} are not taken by AWS ({code})") from None
         return Identity(
-            link, silence=str(getattr(explain(_NAME, error), "reason", error)), expires=identity.expires
+            link, silence=str(getattr(explain(CREDENTIALS, error), "reason", error)), expires=identity.expires
         )
 
 
@@ -96,5 +97,5 @@ def _ask(session: Session, section: StorageSection) -> str:
 
 
 def _denied(error: Exception) -> IdentityError:
-    explained = explain(_NAME, error)
-    return IdentityError(_NAME, f"they cannot be had ({getattr(explained, 'reason', explained)})")
+    explained = explain(CREDENTIALS, error)
+    return IdentityError(CREDENTIALS, f"they cannot be had ({getattr(explained, 'reason', explained)})")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from streamswav.errors import ChangedError, DeniedError, NotFoundError, UnavailableError, UnsupportedError
-from streamswav.stream.store.urls import ObjectInfo, join
+from streamswav.stream.store.urls import LOCAL, ObjectInfo, join, scheme_of
 
 ASIDE = ".partial"
 
@@ -31,6 +31,19 @@ _MAY_PASS = {
     errno.ENOTCONN,
 }
 _NO_NAMES = {errno.ELOOP, errno.ENAMETOOLONG}
+
+
+@contextmanager
+def leaving_no_empty_folder(url: str) -> Iterator[None]:
+    """Remove, at the end, those of a local folder and its parents that were made meanwhile and are empty."""
+    path = path_of(url) if scheme_of(url) in LOCAL else None
+    made = [] if path is None else [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
 
 
 class LocalFiles:

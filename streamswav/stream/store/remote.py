@@ -150,7 +150,7 @@ def _unanswered(url: str, error: Exception) -> Exception:
     if isinstance(inner, aiohttp.ClientConnectorCertificateError):
         reason = "the server's certificate is not trusted (storage.ca_bundle names other authorities)"
         return UnsupportedError(url, reason)
-    return TransientError("error", redact(f"{type(inner).__name__}: {inner}"))
+    return TransientError("error", redact(f"{type(inner).__name__}: {inner}".replace(" ssl:default", "")))
 
 
 def _close(
