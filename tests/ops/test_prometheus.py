@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ import yaml
 from prometheus import Prometheus, scraping
 from runs import Running, arguments, free_port, start_ranks
 
+from shards.cli import main as build_shards
 from streamswav.errors import EXIT_FAILED, EXIT_RETRY
 from streamswav.telemetry.families import FAMILIES, PREFIX
 
@@ -27,6 +29,7 @@ sys.path[:0] = [str(OPS / "benchmarks"), str(OPS / "prometheus")]
 import make_rules  # noqa: E402
 from fault_proxy import FaultProxy, Rates  # noqa: E402
 
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 COUNTS = [40] * 6
 LABELS = {"namespace": "ml", "run": "first"}
 SCRAPED = {"$namespace": "ml", "$run": "first", "$__rate_interval": "1m"}
@@ -68,12 +71,26 @@ def keys(folder: Path, urls: str, endpoint: str, port: int, **more: dict[str, An
 
 
 @pytest.fixture(scope="module")
-def healthy(s3, make_shards, tmp_path_factory) -> Iterator[Seen]:
+def garments(tmp_path_factory) -> Path:
+    """The quickstart's data, Fashion-MNIST out of Debian's package."""
+    if FASHION.is_dir():
+        return FASHION
+    folder = tmp_path_factory.mktemp("debian")
+    unpack = "apt-get download -qq -o APT::Sandbox::User=root dataset-fashion-mnist && dpkg -x dataset*.deb ."
+    if subprocess.run(unpack, shell=True, cwd=folder, check=False).returncode:
+        pytest.skip("no Debian package of Fashion-MNIST can be had here")
+    return folder / FASHION.relative_to("/")
+
+
+@pytest.fixture(scope="module")
+def healthy(s3, garments, tmp_path_factory) -> Iterator[Seen]:
     """A run with probes, a queue, a damaged sample and a store that refuses some requests, after a while."""
     url, bucket = s3.make_bucket()
-    damaged = make_shards(bucket / "train", counts=COUNTS)[0]
-    damaged.write_bytes(damaged.read_bytes().replace(b"\xff\xd8\xff", bytes(3), 1))
-    make_shards(bucket / "labelled", counts=[24, 24], classes=4)
+    for name, split, counts in (("train", "train", COUNTS), ("labelled", "test", [24, 24])):
+        sizes = ["--samples-per-shard", str(counts[0]), "--limit", str(sum(counts))]
+        assert build_shards(["build", str(garments), str(bucket / name), "--split", split, *sizes]) == 0
+    damaged = min((bucket / "train").glob("*.tar"))
+    damaged.write_bytes(damaged.read_bytes().replace(b"\x89PNG", bytes(4), 1))
     folder, port = tmp_path_factory.mktemp("healthy"), free_port()
     with (
         FaultProxy(s3.endpoint, seed=1, rates=Rates(slowdown=0.2), burst=1) as proxy,
