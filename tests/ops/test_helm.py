@@ -16,6 +16,8 @@ from charts import (
     OUTSIDE_OF_RESTRICTED,
     job_specs,
     load_make,
+    of,
+    one,
     pod_templates,
     read,
     render,
@@ -192,21 +194,34 @@ def test_the_chart_is_of_the_packages_version():
     assert about["appVersion"] == about["version"] == __version__
 
 
+def notes_of(values, *words):
+    """What an install says."""
+    command = [make.find_helm(), "install", "first", str(CHART), "--values", str(values), *words]
+    done = subprocess.run([*command, "--dry-run=client"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("\nNOTES:\n")[2]
+
+
+def test_the_notes_tell_a_batch_that_the_ranks_cannot_share():
+    values = OPS / "manifests" / "jobset" / "values.yaml"
+    assert "no multiple of the 16 ranks" in notes_of(values, "--set", "config.training.batch=100")
+    assert "no multiple" not in notes_of(values, "--set", "config.training.batch=128")
+
+
+def test_alerts_and_dashboards_link_to_the_runbook_that_is_named(tmp_path):
+    address = "https://wiki.example/runbook"
+    objects = render({"monitoring": {"runbook": address}}, tmp_path)
+    rules = [rule for group in one(objects, "PrometheusRule")["spec"]["groups"] for rule in group["rules"]]
+    links = {each["annotations"]["runbook_url"].partition("#")[0] for each in rules if "alert" in each}
+    assert links == {address}
+    boards = [each["data"] for each in of(objects, "ConfigMap") if "streamswav.json" in each["data"]]
+    assert [address in each["streamswav.json"] for each in boards] == [True]
+    assert "ops/runbook.md" not in boards[0]["streamswav.json"]
+
+
 def test_the_notes_say_where_to_look():
     for engine in ENGINES:
-        values = OPS / "manifests" / engine / "values.yaml"
-        command = [
-            make.find_helm(),
-            "install",
-            "first",
-            str(CHART),
-            "--values",
-            str(values),
-            "--dry-run=client",
-        ]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        notes = done.stdout.partition("\nNOTES:\n")[2]
+        notes = notes_of(OPS / "manifests" / engine / "values.yaml")
         assert f"get {engine},pods -l app.kubernetes.io/instance=first" in notes
         assert "curl -s localhost:9404/status" in notes
         assert "A pod has 2700 s to save" in notes

@@ -19,6 +19,7 @@ WRONG = [
     ({"identity": {"roleArn": "streamswav"}}, ["/identity/roleArn"]),
     ({"image": {"repository": ""}}, ["image.repository: say where the image is"]),
     ({"config": {"stream": {"urls": []}}}, ["config.stream.urls: say where the shards are"]),
+    ({"config": {"stream": {"urls": ["bucket/shards"]}}}, ["config.stream.urls: ", "use s3://bucket/shards"]),
     ({"config": {"run": {"directory": ""}}}, ["config.run.directory: say where the run is kept"]),
     ({"config": {"run": {"directory": "runs/1"}}}, ["config.run.directory: ", "goes with the pod"]),
     ({"name": "First"}, ['name: "First" must be']),
@@ -54,6 +55,7 @@ def test_a_wrong_value_is_refused_by_the_keys_name(values, parts, tmp_path):
     code, out, error = run_helm(values, tmp_path)
     assert (code, out) == (1, "")
     assert all(part in error for part in parts), error
+    assert "values don't meet the specifications" in error or "streamswav/templates/values.yaml" in error
 
 
 def test_a_release_whose_name_begins_with_a_digit_is_told_what_to_do(tmp_path):

@@ -101,7 +101,8 @@ def recorded(s3, make_shards, tmp_path_factory):
             raise InterruptedError
         requests = {needs(each.method, each.path) for each in proxy.requests}
     name = url.removeprefix("s3://")
-    return requests, policy(BUCKET=name, SHARDS_PREFIX="data/shards", RUN_PREFIX="runs/first"), name
+    prefixes = {"SHARDS_PREFIX": "data/shards", "RUN_PREFIX": "runs/first"}
+    return requests, policy(SHARDS_BUCKET=name, RUN_BUCKET=name, **prefixes), name
 
 
 def test_everything_that_a_run_asks_for_is_allowed(recorded):

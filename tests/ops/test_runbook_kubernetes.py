@@ -41,8 +41,8 @@ def test_each_helm_command_is_one_that_helm_and_the_chart_take(command, tmp_path
     assert all(flag in known for flag in flags(rest)), command
     if verb not in ("install", "upgrade"):
         return
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
-    given = [word.replace("run.yaml", str(tmp_path / "run.yaml")) for word in rest[1:]]
+    (tmp_path / "my-run.yaml").write_text(yaml.safe_dump(RUN))
+    given = [word.replace("my-run.yaml", str(tmp_path / "my-run.yaml")) for word in rest[1:]]
     given = [word for word in given if word not in ("--create-namespace",)]
     assert rest[0] == "ops/helm/streamswav"
     done = subprocess.run(

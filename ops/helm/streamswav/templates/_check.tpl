@@ -30,6 +30,11 @@
 {{- if not (dig "stream" "urls" "" .config) -}}
 {{- fail (printf "%s.stream.urls: say where the shards are, as --set '%s.stream.urls={s3://BUCKET/shards/}'" .key .key) -}}
 {{- end -}}
+{{- range dig "stream" "urls" (list) .config -}}
+{{- if not (or (contains "://" .) (and (hasPrefix "/runs/" .) (or $.v.runs.claim $.v.runs.path))) -}}
+{{- fail (printf "%s.stream.urls: %q is nowhere in the pod; use s3://%s, or /runs/... with runs.claim" $.key . (trimPrefix "/" .)) -}}
+{{- end -}}
+{{- end -}}
 {{- $directory := dig "run" "directory" "" .config -}}
 {{- if not $directory -}}
 {{- fail (printf "%s.run.directory: say where the run is kept, as --set %s.run.directory=s3://BUCKET/runs/first" .key .key) -}}

@@ -77,7 +77,7 @@ kueue.x-k8s.io/priority-class: {{ . }}
 {{/* What `streamswav.pod` and `streamswav.jobSpec` take, for the release's main gang. */}}
 {{- define "streamswav.gang" -}}
 {{- $v := .v -}}
-{{- $ranks := ternary (int $v.ranksPerNode) (max 1 (int $v.gpusPerNode)) (gt (int $v.ranksPerNode) 0) -}}
+{{- $ranks := int $v.ranks -}}
 {{- $arguments := concat (list $v.command "--config" "/etc/streamswav/config.yaml") $v.arguments -}}
 run: {{ $v.name }}
 container: {{ .container }}

@@ -7,6 +7,7 @@ The values with defaults and what follows from them, as YAML: every template beg
 {{- $_ := set $v "name" (default .Release.Name $v.name) -}}
 {{- $_ := set $v "labels" (dict "app.kubernetes.io/name" "streamswav" "app.kubernetes.io/instance" .Release.Name) -}}
 {{- $_ := set $v "retryCode" (ternary 143 75 (eq $v.engine "pytorchjob")) -}}
+{{- $_ := set $v "ranks" (ternary (int $v.ranksPerNode) (max 1 (int $v.gpusPerNode)) (gt (int $v.ranksPerNode) 0)) -}}
 {{- $_ := set $v "config" (include "streamswav.config" (dict "v" $v "config" $v.config) | fromYaml) -}}
 {{- $_ := set $v "drainSeconds" (include "streamswav.drainSeconds" (dict "v" $v "config" $v.config "key" "config") | int) -}}
 {{- if $v.finetune.enabled -}}
