@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 from streamswav import __version__
 from streamswav.arguments import Parser
 from streamswav.config import Config, dump_config, load_config
-from streamswav.defaults import FINETUNE_BASE
+from streamswav.defaults import FINETUNE_BASE, chosen_keys
 from streamswav.drain import drain_on_signals
 from streamswav.ends import leave_reason, reason_of
 from streamswav.errors import EXIT_DONE, ConfigError, StreamswavError
@@ -61,6 +62,17 @@ win: the file, then STREAMSWAV_SECTION__KEY from the environment, then the comma
 
 exit codes: 0 done · 75 stopped by a signal and saved, the same command continues · 78 do not restart before
 something was changed (the message says what) · 1 anything else
+"""
+
+
+_COOLDOWN_HELP = """\
+The run is named by run.directory, as it was begun; it goes on where it stopped, while its rate falls to the
+end, and is done then. A cool-down that was stopped goes on to the same end.
+"""
+
+_EXIT_CODES = """\
+exit codes: 0 done · 75 storage is out of reach for now, try again · 78 do not try again before something was
+changed (the message says what) · 1 anything else
 """
 
 
@@ -150,6 +162,8 @@ def _build_parser(command: str) -> Parser:
         each.add_argument(
             "--init", metavar="PATH", help="--model.init: a run, checkpoint or file, or scratch"
         )
+    cooldown.formatter_class = argparse.RawDescriptionHelpFormatter
+    cooldown.epilog = f"{_COOLDOWN_HELP}\n{_PRETRAIN_HELP}"
     for each in (pretrain, finetune, lowshot, cooldown):
         each.add_argument("--config", type=Path, metavar="FILE", help="YAML file with sections and keys")
         each.set_defaults(takes_keys=True)
@@ -172,9 +186,17 @@ def _build_parser(command: str) -> Parser:
     doctor.set_defaults(takes_keys=True)
     if command == "doctor":
         _declare_doctor(doctor)
+    for each in commands.choices.values():
+        if "exit code" not in (each.epilog or "") and each.get_default("run") is not _launch:
+            each.formatter_class = argparse.RawDescriptionHelpFormatter
+            each.epilog = "\n\n".join(filter(None, (_wrapped(each.epilog), _EXIT_CODES)))
     _add_command(commands, "keys", _keys, "list all keys of the configuration with their defaults")
     _add_command(commands, "schema", _schema, "print the configuration's JSON schema")
     return parser
+
+
+def _wrapped(text: str | None) -> str:
+    return textwrap.fill(text, 110) if text and "\n" not in text else text or ""
 
 
 def _add_command(commands: argparse._SubParsersAction[Parser], name: str, run: object, text: str) -> Parser:
@@ -349,11 +371,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _keys(_: argparse.Namespace) -> None:
+    chosen = chosen_keys()
     for section, field in Config.model_fields.items():
         model = field.default
         sys.stdout.write(f"\n{section}: {(type(model).__doc__ or '').strip()}\n")
         for name, entry in type(model).model_fields.items():
-            default = "(chosen at start)" if entry.default is None else entry.default
+            default = "(none)" if entry.default is None else json.dumps(entry.default, default=str)
+            if entry.default in (None, "auto") and f"{section}.{name}" in chosen:
+                default = "(chosen at start)"
             sys.stdout.write(f"  {section}.{name} = {default}\n      {entry.description}\n")
 
 

@@ -202,6 +202,14 @@ def _plain(section: BaseModel, field: str) -> object:
     return type(section).model_fields[field].default
 
 
+def chosen_keys() -> set[str]:
+    """Return the keys that a run chooses where they are left open."""
+    facts = Facts(
+        world_size=1, cores=8, cuda=False, bfloat16=False, shards=1000, samples=10**8, trunk_parameters=0
+    )
+    return {choice.key for choice in resolve(Config(), facts)[1]}
+
+
 def _as_begun(config: Config, begun: Config | None) -> tuple[Config, list[Choice]]:
     """Take over what defines the order and the objective of the run that is continued."""
     values = config.model_dump()

@@ -193,10 +193,13 @@ class _Given:
 def _build_parser() -> Parser:
     parser = Parser(
         prog="streamswav launch",
-        description="Start the ranks of a command on this machine, and end as they do.",
+        description=(
+            "Start the ranks of a command on this machine, and end as they do. COMMAND is pretrain,\n"
+            "cooldown, finetune, embed, knn, linear, svm or evaluate, with its own arguments."
+        ),
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="streamswav launch [flags] pretrain [--config FILE] [--section.key value]...",
+        usage="streamswav launch [flags] COMMAND [--config FILE] [--section.key value]...",
         allow_abbrev=False,
     )
     add_flags(parser)

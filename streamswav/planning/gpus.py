@@ -93,9 +93,9 @@ def find_gpu(name: str) -> Gpu:
         return begun[0]
     if begun:
         raise ConfigError("--gpu", f"say which one: {', '.join(gpu.name for gpu in begun)}", value=name)
-    (nearest,) = difflib.get_close_matches(given, known, n=1, cutoff=0)
+    nearest = [known[each].name for each in difflib.get_close_matches(given, known, n=1, cutoff=0.4)]
     reason = f"there is no such GPU type in the table: {', '.join(GPUS)}"
-    raise ConfigError("--gpu", reason, value=name, nearest=known[nearest].name)
+    raise ConfigError("--gpu", reason, value=name, nearest=nearest[0] if nearest else None)
 
 
 def recognise(name: str, memory: int) -> Gpu | None:
