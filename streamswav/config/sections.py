@@ -1,27 +1,17 @@
-"""The configuration: one frozen pydantic model a section, read from YAML, environment and command line.
+"""The keys: one frozen pydantic model a section, what each value may be, and what it is for.
 
-A value left at `None` is chosen at start by a rule (`streamswav/defaults.py`) that is printed with its
-reason. Later sources win: file, then `STREAMSWAV_SECTION__KEY`, then `--section.key value`.
+A value left at `None` is chosen at start by a rule (`streamswav/defaults.py`) that is printed with
+its reason.
 """
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, LiteralString, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from streamswav.errors import ConfigError
-
-ENVIRONMENT_PREFIX = "STREAMSWAV_"
-
-_REFUSAL: LiteralString = "refusal"
+REFUSAL: LiteralString = "refusal"
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -43,11 +33,6 @@ def _list_one(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-_RENAMED = {"loader.memory": "stream.memory"}
-_NO_ACCUMULATION = (
-    "gradients are not accumulated: codes are those of the batch that is embedded together, so the gradients "
-    "of small batches add up to another objective; micro_batches keeps the objective and saves the memory"
-)
 _EXACT = 1 << 53  # up to here a float is every whole number
 _Whole = BeforeValidator(_read_whole)
 PositiveInt = Annotated[int, Field(gt=0), _Whole]
@@ -179,7 +164,7 @@ class CropsSection(Section):
 def _refusal(key: str, reason: str, value: object) -> PydanticCustomError:
     """A ValueError of which `parse_config` makes a ConfigError."""
     shown = {"key": key, "reason": reason, "value": value}
-    return PydanticCustomError(_REFUSAL, "{key}: {reason}", shown)
+    return PydanticCustomError(REFUSAL, "{key}: {reason}", shown)
 
 
 class ModelSection(Section):
@@ -456,293 +441,3 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             found.append(prefix + name)
     return found
-
-
-def load_config(
-    file: Path | None = None,
-    environment: Mapping[str, str] = types.MappingProxyType({}),
-    arguments: Sequence[str] = (),
-    *,
-    base: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
-) -> Config:
-    """Merge file, environment and `--section.key value` arguments, later ones winning.
-
-    Args:
-        file: YAML.
-        environment: of the process.
-        arguments: of the command line.
-        base: a command's own defaults, by section; like all defaults they are not in `model_fields_set`.
-
-    Raises:
-        ConfigError: an unknown key, a value of the wrong type, an impossible combination.
-    """
-    merged = _read_yaml(file) if file else {}
-    for key, text in _environment_items(environment):
-        _assign(merged, key, _parse(key, text))
-    for key, text in _argument_items(arguments):
-        _assign(merged, key, _parse(key, text))
-    if not base:
-        return parse_config(merged)
-    return _without_given(parse_config(_above(merged, base)), merged, base)
-
-
-def _above(values: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Put values over defaults; what is no section is left for validation to refuse."""
-    below = {name: dict(section) for name, section in base.items()}
-    for name, section in values.items():
-        below[name] = below.get(name, {}) | section if isinstance(section, dict) else section
-    return below
-
-
-def _without_given(
-    config: Config, values: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]]
-) -> Config:
-    """Return the configuration with only what was given beyond the base counted as set."""
-    sections = {}
-    for name, defaults in base.items():
-        section = getattr(config, name)
-        given = set(values.get(name, {}))
-        kept = section.model_fields_set - (set(defaults) - given)
-        sections[name] = type(section).model_construct(_fields_set=kept, **dict(section))
-    return config.model_copy(update=sections)
-
-
-def parse_config(values: Mapping[str, Any]) -> Config:
-    """Validate a nested mapping.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise _explain(error) from None
-    check_combinations(config)
-    return config
-
-
-def dump_config(config: Config) -> str:
-    """Return the configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
-
-
-def check_combinations(config: Config) -> None:
-    """Refuse what cannot work together, naming the key to change.
-
-    Raises:
-        ConfigError: the first impossible combination found.
-    """
-    if config.run.task == "pretrain":
-        _check_objective(config)
-    else:
-        _check_finetune(config)
-    _check_statistics(config)
-    _check_grid(config)
-    _check_stream(config)
-    _check_cache(config)
-    _check_labels(config)
-    _check_evaluation(config)
-
-
-def _check_objective(config: Config) -> None:
-    swav, batch, total = config.swav, config.training.batch, sum(config.crops.counts)
-    if total < 2:
-        reason = "swapped prediction needs at least two crops"
-        raise ConfigError("crops.counts", reason, value=config.crops.counts)
-    if not swav.assigned_crops or len(set(swav.assigned_crops)) != len(swav.assigned_crops):
-        raise ConfigError("swav.assigned_crops", "name each assigned crop once", value=swav.assigned_crops)
-    if max(swav.assigned_crops) >= total:
-        reason = f"there are only {total} crops (0 to {total - 1})"
-        raise ConfigError("swav.assigned_crops", reason, value=swav.assigned_crops)
-    if batch and swav.queue_length and swav.queue_length < batch:
-        reason = f"shorter than the global batch ({batch}): the queue would be empty; 0 means no queue"
-        raise ConfigError("swav.queue_length", reason, value=swav.queue_length)
-
-
-def _check_finetune(config: Config) -> None:
-    section, crops = config.finetune, config.crops
-    if crops.counts != [1]:
-        raise ConfigError("crops.counts", "finetuning takes one crop an image: [1]", value=crops.counts)
-    if section.mode == "full":
-        for name in ("rates", "weight_decays"):
-            if len(getattr(section, name)) > 1:
-                reason = "several heads can only share a trunk that stays as it is: finetune.mode frozen"
-                raise ConfigError(f"finetune.{name}", reason, value=getattr(section, name))
-    elif section.layer_decay != 1:
-        reason = "the trunk is frozen and has no rate"
-        raise ConfigError("finetune.layer_decay", reason, value=section.layer_decay)
-    if section.test_split and not config.labels.split:
-        reason = "needs labels.file and labels.split, which say what split a sample is in"
-        raise ConfigError("finetune.test_split", reason, value=section.test_split)
-    if config.labels.multi_label and section.label_smoothing:
-        reason = "is for one label an image, not for labels.multi_label"
-        raise ConfigError("finetune.label_smoothing", reason, value=section.label_smoothing)
-    if config.stream.follow:
-        raise ConfigError("stream.follow", "finetuning has an end: shards are not followed", value=True)
-
-
-def _check_statistics(config: Config) -> None:
-    training = config.training
-    if training.topology_invariant and training.sync_batch_norm:
-        reason = "with topology_invariant all ranks share batch statistics: 0"
-        raise ConfigError("training.sync_batch_norm", reason, value=training.sync_batch_norm)
-    if training.topology_invariant and training.micro_batches > 1:
-        reason = "the trunk's batch statistics are those of a piece of the batch; not with topology_invariant"
-        raise ConfigError("training.micro_batches", reason, value=training.micro_batches)
-
-
-def _check_grid(config: Config) -> None:
-    columns, batch = config.stream.columns, config.training.batch
-    if batch and columns and batch % columns:
-        raise ConfigError("stream.columns", f"must divide training.batch ({batch})", value=columns)
-
-
-def _check_stream(config: Config) -> None:
-    stream = config.stream
-    if isinstance(stream.passes, list) and len(stream.passes) != len(stream.urls):
-        reason = f"needs one entry for each of the {len(stream.urls)} stream.urls, or be one number"
-        raise ConfigError("stream.passes", reason, value=stream.passes)
-    if stream.follow and stream.turns > 1:
-        reason = "a stream that is followed goes by once: set stream.passes to 1, or stream.follow to false"
-        raise ConfigError("stream.follow", reason, value=True)
-    if stream.follow and config.optimizer.schedule == "cosine" and not config.training.images:
-        reason = "a followed stream has no end to anneal to: use constant, or give training.images"
-        raise ConfigError("optimizer.schedule", reason, value="cosine")
-
-
-def _check_cache(config: Config) -> None:
-    cache = config.storage.cache
-    if "://" in cache.removeprefix("file://"):
-        raise ConfigError("storage.cache", "must be a folder on a disk of this machine", value=cache)
-
-
-def _check_labels(config: Config) -> None:
-    labels = config.labels
-    if labels.split and not labels.file:
-        raise ConfigError(
-            "labels.split", "is a column of labels.file, which is not given", value=labels.split
-        )
-    if not labels.label or len(set(labels.label)) != len(labels.label):
-        raise ConfigError("labels.label", "name each column once", value=labels.label)
-    if len(labels.label) > 1 and not labels.file:
-        raise ConfigError(
-            "labels.label", "are columns of labels.file, which is not given", value=labels.label
-        )
-    if len(labels.label) > 1 and labels.separator:
-        reason = "several columns of labels are a class each; a separator parts the labels of one column"
-        raise ConfigError("labels.separator", reason, value=labels.separator)
-    if labels.unknown not in ("", "0", "-1"):
-        raise ConfigError("labels.unknown", "is 0 or -1, in 0/1 columns", value=labels.unknown)
-    if labels.unknown and len(labels.label) == 1:
-        reason = "is about 0/1 columns: name them in labels.label, a class each"
-        raise ConfigError("labels.unknown", reason, value=labels.unknown)
-
-
-def _check_evaluation(config: Config) -> None:
-    evaluation = config.evaluation
-    for key in ("train", "test"):
-        if evaluation.every and not getattr(evaluation, key):
-            raise ConfigError(f"evaluation.{key}", "evaluation.every needs labelled shards to measure with")
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError("--config", "there is no such file", value=str(file)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("--config", f"cannot be read ({error})", value=str(file)) from None
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise ConfigError("--config", f"is not YAML: {where}", value=str(file)) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            "--config", "must hold sections, as `stream:`, with keys below them", value=str(file)
-        )
-    return values
-
-
-def _environment_items(environment: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """Only names with a double underscore are keys; `STREAMSWAV_HOME` and the like are others' business."""
-    for name, text in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
-            yield name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."), text
-
-
-def _argument_items(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
-    rest = list(arguments)
-    while rest:
-        name = rest.pop(0)
-        if not name.startswith("--") or "." not in name:
-            raise ConfigError(name, "is not understood; keys are given as --section.key value")
-        key, equals, text = name.removeprefix("--").partition("=")
-        if not equals:
-            if not rest:
-                raise ConfigError(key, "has no value; keys are given as --section.key value")
-            text = rest.pop(0)
-        yield key.replace("-", "_"), text
-
-
-def _parse(key: str, text: str) -> Any:
-    """Read a value as YAML, so that lists, numbers and null can be written; any other text is itself.
-
-    Where a text is wanted, what YAML takes for a number, a date or the like is text as well.
-    """
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # the latter for a date that no calendar has
-        return text
-    return value if key not in _TEXT_KEYS or isinstance(value, str | list | None) else text
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(section, "is a section, not a value", value=inner)
-        values = inner
-    values[last] = value
-
-
-def _explain(error: ValidationError) -> ConfigError:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
-    if first["type"] == "extra_forbidden":
-        if "accumul" in key:
-            return ConfigError(key, _NO_ACCUMULATION, value=first["input"], nearest="training.micro_batches")
-        return ConfigError(key, "there is no such key", value=first["input"], nearest=_nearest(key))
-    if first["type"] == "model_type":
-        return ConfigError(key, f"is a section; its keys stand below it, as {key}.KEY", value=first["input"])
-    if first["type"] == _REFUSAL:
-        return ConfigError(**first["ctx"])
-    return ConfigError(key, first["msg"].removeprefix("Value error, "), value=first["input"])
-
-
-def _nearest(key: str) -> str | None:
-    """The valid key that is closest: by the whole name first, then by the last part alone."""
-    if key in _RENAMED:
-        return _RENAMED[key]
-    known = [*keys(), *Config.model_fields]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close:
-        return close[0]
-    last = key.rpartition(".")[2]
-    by_last = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
-    return by_last[close[0]] if close else None
-
-
-def _text_keys() -> frozenset[str]:
-    found = set()
-    for key in keys():
-        section, name = key.split(".")
-        model = typing.cast("type[BaseModel]", Config.model_fields[section].annotation)
-        if model.model_fields[name].annotation in (str, str | None, list[str]):
-            found.add(key)
-    return frozenset(found)
-
-
-_TEXT_KEYS = _text_keys()
