@@ -73,12 +73,9 @@ def load_make() -> ModuleType:
     return module
 
 
-def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> Object:
     """Values over values, as several `--values` of Helm."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = over(merged[key], value) if both else value
+    merged: Object = load_make().over(below, above)
     return merged
 
 

@@ -120,14 +120,15 @@ def rows(properties: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str
 def defaults() -> dict[str, Any]:
     """What holds for values that are not given."""
     both = [yaml.safe_load((CHART / name).read_text()) for name in ("defaults.yaml", "values.yaml")]
-    return _over(*both)
+    return over(*both)
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Values over values, as several `--values` of Helm."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _over(merged[key], value) if both else value
+        merged[key] = over(merged[key], value) if both else value
     return merged
 
 
