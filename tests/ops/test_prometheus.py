@@ -76,7 +76,8 @@ def garments(tmp_path_factory) -> Path:
     if FASHION.is_dir():
         return FASHION
     folder = tmp_path_factory.mktemp("debian")
-    unpack = "apt-get download -qq -o APT::Sandbox::User=root dataset-fashion-mnist && dpkg -x dataset*.deb ."
+    load = "apt-get download -qq -o APT::Sandbox::User=root dataset-fashion-mnist"
+    unpack = f"({load} || (apt-get update -qq && {load})) && dpkg -x dataset*.deb ."
     if subprocess.run(unpack, shell=True, cwd=folder, check=False).returncode:
         pytest.skip("no Debian package of Fashion-MNIST can be had here")
     return folder / FASHION.relative_to("/")
