@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import os
+import select
 import sys
 import tempfile
 import textwrap
@@ -30,6 +31,7 @@ from streamswav.telemetry.logs import Log, LogSettings, own_log, set_up_logs, te
 from streamswav.telemetry.secrecy import without_secrets
 
 _INTERRUPTED = 130
+_UNREAD = 141  # as of programs that SIGPIPE ends
 _ABOUT = "Self-supervised pretraining of image trunks (SwAV) from tar shards. COMMAND --help says more."
 _WITH_METRICS = ("pretrain", "cooldown", "finetune", "lowshot", "launch")
 _WITH_RANKS = ("pretrain", "cooldown", "finetune", "embed", "knn", "linear", "svm", "evaluate")
@@ -88,14 +90,29 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _launch(argv[1:])
             arguments = _parse(argv)
             code = arguments.run(arguments)
+            sys.stdout.flush()
     except StreamswavError as error:
         if not isinstance(error, ConfigError) or _local_rank() == 0:  # all ranks have the same configuration
             log.fail(str(error), error.exit_code)
         return error.exit_code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return _UNREAD
     except KeyboardInterrupt:
         log.fail("interrupted; nothing was saved since the last checkpoint", _INTERRUPTED)
         return _INTERRUPTED
     return EXIT_DONE if code is None else int(code)
+
+
+def _nobody_reads() -> bool:
+    """Tell whether whoever read the output is gone, as after `| head`; the rest of it goes nowhere then."""
+    watch = select.poll()
+    watch.register(1, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def _set_up_logs(*, launcher: bool) -> Log:

@@ -27,7 +27,13 @@ ENGINES = ("jobset", "trainjob", "pytorchjob", "job")
 GPU = "nvidia.com/gpu"
 
 LABELLED = {"train": ["s3://bucket/train/"], "test": ["s3://bucket/test/"]}
-FINETUNE = {"config": {"stream": {"urls": ["s3://bucket/train/"]}, "run": {"directory": "s3://bucket/ft"}}}
+FINETUNE = {
+    "config": {
+        "stream": {"urls": ["s3://bucket/train/"]},
+        "run": {"directory": "s3://bucket/ft"},
+        "finetune": {"test": ["s3://bucket/test/"]},
+    }
+}
 FEATURES = {
     "nothing": {},
     "single node": {"nodes": 1},

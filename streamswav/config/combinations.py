@@ -17,6 +17,7 @@ def check_combinations(config: Config) -> None:
     else:
         _check_finetune(config)
     _check_statistics(config)
+    _check_places(config)
     _check_grid(config)
     _check_stream(config)
     _check_cache(config)
@@ -69,6 +70,19 @@ def _check_statistics(config: Config) -> None:
     if training.topology_invariant and training.micro_batches > 1:
         reason = "the trunk's batch statistics are those of a piece of the batch; not with topology_invariant"
         raise ConfigError("training.micro_batches", reason, value=training.micro_batches)
+
+
+def _check_places(config: Config) -> None:
+    for key, place in (
+        *(("stream.urls", url) for url in config.stream.urls),
+        ("run.directory", config.run.directory),
+        ("checkpoint.copy_to", config.checkpoint.copy_to),
+    ):
+        scheme, found, rest = place.removeprefix("@").partition("://")
+        if scheme == "s3" and found and not rest.strip("/"):
+            raise ConfigError(key, "names no bucket, as in s3://BUCKET/PREFIX", value=place)
+        if key != "stream.urls" and found and scheme not in ("s3", "file"):
+            raise ConfigError(key, "cannot be written to; use a folder or s3://BUCKET/PREFIX", value=place)
 
 
 def _check_grid(config: Config) -> None:

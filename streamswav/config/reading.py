@@ -109,6 +109,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(
             "--config", "must hold sections, as `stream:`, with keys below them", value=str(file)
         )
+    # Values of the Helm chart: what is below its `config:` is the configuration.
+    if "image" in values and isinstance(values.get("config"), dict):
+        return dict(values["config"])
     return values
 
 

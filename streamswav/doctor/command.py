@@ -115,6 +115,9 @@ def _chosen(arguments: argparse.Namespace) -> list[Check]:
 
 def _read_launch(arguments: argparse.Namespace, environment: Mapping[str, str]) -> LaunchOptions:
     flags = {name: getattr(arguments, name) for name in _FLAGS}
+    if arguments.gpu is not None and flags["nnodes"] is not None and flags["master_addr"] is None:
+        # Elsewhere, where this is asked about, the pods know their numbers and who is the first.
+        flags |= {"node_rank": "0", "master_addr": "localhost"}
     return read_options(flags, environment)
 
 

@@ -23,7 +23,12 @@ _SHOWN = ("torch", "torchvision", "numpy", "s3fs", "aiobotocore")
 
 def check_configuration(case: Case) -> Finding:
     """Read as the command reads it, complete for a run that is written, with the ranks' whereabouts."""
-    config = config_of(case)
+    try:
+        config = config_of(case)
+    except ConfigError as error:
+        if not error.key.startswith("--"):
+            raise
+        return failed(str(error), "correct the argument: `streamswav doctor --help`")
     if case.command in TRAINING:
         refuse_incomplete(config)
     given = sum(len(getattr(config, name).model_fields_set) for name in Config.model_fields)

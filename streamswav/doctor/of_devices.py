@@ -92,6 +92,8 @@ def check_collectives(case: Case) -> Finding:
         )
     if case.world_size == 1:
         raise NotLookedAtError("one rank talks to nobody")
+    if case.on_gpu and not case.cuda:
+        raise NotLookedAtError("NCCL is looked at where the GPUs are")
     if not case.cuda:
         return passed(f"gloo, for {case.world_size} ranks on CPUs")
     if not distributed.is_nccl_available():

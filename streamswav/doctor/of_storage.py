@@ -25,7 +25,8 @@ CLOCK_FAIL_SECONDS = 900.0
 
 _RANGE_BYTES = 64 << 10
 _REACH = (
-    "see that this machine reaches storage.endpoint_url: name, port, proxies, network policies; try again"
+    "see that this machine reaches storage.endpoint_url, or AWS where none is set: name, port, proxies, "
+    "network policies; then try again"
 )
 _READ = "allow s3:GetObject below this prefix to the identity"
 
@@ -71,7 +72,13 @@ def check_clock(case: Case) -> Finding:
 def check_listing(case: Case) -> Finding:
     """List the shards, as a run does."""
     began = time.monotonic()
-    manifest = case.shards
+    try:
+        manifest = case.shards
+    except NotFoundError as error:
+        if "://" in error.url:
+            raise
+        remedy = "correct stream.urls: it names a folder of this machine; a bucket is s3://BUCKET/PREFIX/"
+        return failed(str(error), remedy)
     seconds = time.monotonic() - began
     counted = f", {count(manifest.samples, 'sample')}" if manifest.samples is not None else ""
     shards = count(len(manifest.shards), "shard")

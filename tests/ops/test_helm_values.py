@@ -6,7 +6,9 @@ from charts import one, render, run_helm
 
 from streamswav.config import parse_config
 
-FINETUNE = {"enabled": True, "config": {"stream": {"urls": ["s3://b/t/"]}, "run": {"directory": "s3://b/ft"}}}
+TUNED = {"stream": {"urls": ["s3://b/t/"]}, "run": {"directory": "s3://b/ft"}}
+FINETUNE = {"enabled": True, "config": {**TUNED, "finetune": {"test": ["s3://b/v/"]}}}
+LABELLED = {"enabled": True, "train": ["s3://b/t/"], "test": ["s3://b/v/"]}
 ROLE = "arn:aws:iam::123456789012:role/first"
 WRONG = [
     ({"nodez": 3}, ["'nodez' not allowed"]),
@@ -42,10 +44,29 @@ WRONG = [
     ({"engine": "trainjob", "masterPort": 29400}, ["masterPort: "]),
     ({"env": [{"name": "PET_NNODES", "value": "3"}]}, ["env: PET_NNODES is set by the chart"]),
     ({"finetune": {"enabled": True}}, ["finetune.config.stream.urls: "]),
+    ({"finetune": {"enabled": True, "config": TUNED}}, ["finetune.config.finetune.test: say where"]),
     (
-        {"finetune": FINETUNE, "config": {"run": {"directory": "s3://b/ft"}}},
+        {"finetune": FINETUNE, "config": {"run": {"directory": "s3://b/ft/"}}},
         ["finetune.config.run.directory: "],
     ),
+    ({"evaluation": {**LABELLED, "train": ["b/t/"]}}, ["evaluation.train: ", "use s3://b/t/"]),
+    ({"evaluation": {**LABELLED, "json": "results.json"}}, ["evaluation.json: ", "goes with the pod"]),
+    ({"image": {"repository": "registry:5000/x:1"}}, ["image.repository: ", "without a tag"]),
+    ({"image": {"repository": "https://registry/x"}}, ["image.repository: ", "without https://"]),
+    (
+        {"config": {"stream": {"urls": ["gs://bucket/"]}}},
+        ["config.stream.urls: ", "no place that can be read"],
+    ),
+    ({"config": {"run": {"directory": "s3://"}}}, ["config.run.directory: ", "no place that a run"]),
+    ({"config": {"storage": {"endpoint_url": "minio:9000"}}}, ["/config/storage/endpoint_url"]),
+    ({"resources": {"cpu": "48cores"}}, ["/resources/cpu"]),
+    ({"env": [{"name": "A", "value": 3}]}, ["/env/0/value", "want string"]),
+    ({"networkPolicy": {"storageCidrs": ["10.0.0.0"]}}, ["/networkPolicy/storageCidrs/0"]),
+    ({"cache": {"size": "1Ti"}}, ["cache.type: is none"]),
+    ({"runs": {"claim": "a", "path": "/b"}}, ["runs.path: "]),
+    ({"kueue": {"requiredTopology": "rack"}}, ["kueue.queue: "]),
+    *(({key: None}, [f"{key}: is empty; give it a value"]) for key in ("resources", "config", "gpusPerNode")),
+    ({"resources": {"cpu": None}}, ["resources.cpu: is empty"]),
     ({"evaluation": {"enabled": True}}, ["evaluation.train, evaluation.test: "]),
 ]
 
@@ -56,6 +77,11 @@ def test_a_wrong_value_is_refused_by_the_keys_name(values, parts, tmp_path):
     assert (code, out) == (1, "")
     assert all(part in error for part in parts), error
     assert "values don't meet the specifications" in error or "streamswav/templates/values.yaml" in error
+
+
+def test_shards_may_be_a_text_as_for_the_trainer(tmp_path):
+    configured = one(render({"config": {"stream": {"urls": "s3://b/t/"}}}, tmp_path), "ConfigMap", "first")
+    assert yaml.safe_load(configured["data"]["config.yaml"])["stream"]["urls"] == ["s3://b/t/"]
 
 
 def test_a_release_whose_name_begins_with_a_digit_is_told_what_to_do(tmp_path):

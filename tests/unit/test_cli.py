@@ -1,6 +1,8 @@
 """The command line: what it says of arguments that make no sense."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -50,3 +52,10 @@ def test_the_list_of_keys_says_which_are_chosen_and_which_stay_open(capsys):
     assert said["swav.epsilon"] == said["training.precision"] == "(chosen at start)"
     assert said["storage.endpoint_url"] == said["training.images"] == "(none)"
     assert (said["stream.follow"], said["stream.passes"]) == ("false", "1")
+
+
+def test_output_that_nobody_reads_any_more_is_no_crash():
+    command = [sys.executable, "-m", "streamswav", "keys"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert (running.wait(60), running.stderr.read()) == (141, b"")

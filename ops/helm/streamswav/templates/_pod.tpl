@@ -9,6 +9,7 @@ A pod of a gang: metadata and spec.
   env        beside what every pod has
   nodes      of the gang
   drain      seconds to save in
+  retryCode  exit code in place of 75; default: what the engine wants
 */}}
 {{- define "streamswav.pod" -}}
 {{- $v := .v -}}
@@ -121,9 +122,11 @@ imagePullPolicy: {{ $image.pullPolicy }}
 env:
   - {name: HOME, value: /tmp}
   - {name: STREAMSWAV_GRACE_SECONDS, value: {{ .drain | quote }}}
-  {{- if ne (int $v.retryCode) 75 }}
-  - {name: STREAMSWAV_RETRY_CODE, value: {{ $v.retryCode | int | quote }}}
+  {{- $retryCode := default $v.retryCode .retryCode | int }}
+  {{- if ne $retryCode 75 }}
+  - {name: STREAMSWAV_RETRY_CODE, value: {{ $retryCode | quote }}}
   {{- end }}
+  {{- include "streamswav.storageEnv" $v.config | nindent 2 }}
   {{- with .env }}
   {{- toYaml . | nindent 2 }}
   {{- end }}

@@ -3,6 +3,7 @@ The values with defaults and what follows from them, as YAML: every template beg
 `{{- $v := include "streamswav.values" . | fromYaml }}`. What cannot work is refused here, by key.
 */}}
 {{- define "streamswav.values" -}}
+{{- include "streamswav.checkGiven" .Values -}}
 {{- $v := mergeOverwrite (.Files.Get "defaults.yaml" | fromYaml) (omit (deepCopy .Values) "global") -}}
 {{- $_ := set $v "name" (default .Release.Name $v.name) -}}
 {{- $_ := set $v "labels" (dict "app.kubernetes.io/name" "streamswav" "app.kubernetes.io/instance" .Release.Name) -}}
@@ -12,7 +13,7 @@ The values with defaults and what follows from them, as YAML: every template beg
 {{- $_ := set $v "drainSeconds" (include "streamswav.drainSeconds" (dict "v" $v "config" $v.config "key" "config") | int) -}}
 {{- if $v.finetune.enabled -}}
 {{- $shared := pick $v.config "storage" "telemetry" "watchdog" -}}
-{{- $config := merge (dict) $v.finetune.config $shared -}}
+{{- $config := merge (dict) (include "streamswav.listed" $v.finetune.config | fromYaml) $shared -}}
 {{- if not (dig "model" "init" "" $config) -}}
 {{- $_ := set $config "model" (merge (dict "init" (default $v.config.run.directory $v.finetune.init)) (default (dict) $config.model)) -}}
 {{- end -}}
@@ -22,9 +23,42 @@ The values with defaults and what follows from them, as YAML: every template beg
 {{- toYaml $v -}}
 {{- end -}}
 
+{{/* A configuration whose shards are a list: of one, where a text is given. */}}
+{{- define "streamswav.listed" -}}
+{{- $config := deepCopy . -}}
+{{- $urls := dig "stream" "urls" (list) $config -}}
+{{- if kindIs "string" $urls -}}
+{{- $_ := set $config.stream "urls" (ternary (list $urls) (list) (ne $urls "")) -}}
+{{- end -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{/*
+Whether an object waits to be let go, of apiVersion, kind and name: as it is now in the cluster, so that an
+upgrade does not suspend what Kueue or the follower has let go; and true where it is not there yet.
+*/}}
+{{- define "streamswav.suspended" -}}
+{{- $live := lookup .apiVersion .kind .root.Release.Namespace .name -}}
+{{- if $live -}}
+{{- $spec := ternary (dig "spec" "runPolicy" (dict) $live) $live.spec (eq .kind "PyTorchJob") -}}
+{{- dig "suspend" false $spec -}}
+{{- else -}}
+true
+{{- end -}}
+{{- end -}}
+
+{{/* Storage as variables too, for `kubectl exec` of commands that read no configuration file. */}}
+{{- define "streamswav.storageEnv" -}}
+{{- range $key, $value := default (dict) .storage }}
+{{- if not (hasPrefix "cache" $key) }}
+- {name: STREAMSWAV_STORAGE__{{ upper $key }}, value: {{ toString $value | quote }}}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* A configuration with what the pod's volumes settle: where the cache is, how large, and the CA bundle. */}}
 {{- define "streamswav.config" -}}
-{{- $config := deepCopy .config -}}
+{{- $config := include "streamswav.listed" .config | fromYaml -}}
 {{- $storage := default (dict) $config.storage -}}
 {{- if ne .v.cache.type "none" -}}
 {{- $_ := set $storage "cache" "/cache" -}}
@@ -66,6 +100,9 @@ checkpoint, so that nobody is killed in the midst of what still counts as health
 {{- define "streamswav.bytes" -}}
 {{- $units := dict "" 1 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
 {{- $quantity := toString .value -}}
+{{- if not $quantity -}}
+{{- fail (printf "%s: say how much, as 500Gi" .key) -}}
+{{- end -}}
 {{- $number := regexFind "^[0-9]+([.][0-9]+)?" $quantity -}}
 {{- $unit := trimPrefix $number $quantity -}}
 {{- if or (not $number) (not (hasKey $units $unit)) -}}
