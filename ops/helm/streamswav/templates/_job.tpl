@@ -87,7 +87,6 @@ drain: {{ int $v.drainSeconds }}
 config: config.yaml
 arguments: {{ toJson $arguments }}
 inSet: {{ .inSet }}
-suspend: {{ and (not .inSet) (ne $v.kueue.queue "") (eq "true" (include "streamswav.suspended" (dict "root" .root "apiVersion" "batch/v1" "kind" "Job" "name" $v.name))) }}
 {{- if .address }}
 env:
   {{- include "streamswav.rendezvous" (dict "nodes" $v.nodes "ranks" $ranks "address" .address "port" $v.masterPort) | nindent 2 }}
