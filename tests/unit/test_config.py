@@ -210,3 +210,27 @@ def test_statistics_of_the_whole_batch_are_not_those_of_groups() -> None:
 def test_a_section_that_is_a_value_is_told_to_have_keys() -> None:
     with pytest.raises(ConfigError, match=r"^run = 'x': is a section; its keys stand below it"):
         parse_config({"run": "x"})
+
+
+def test_values_of_the_chart_are_read_as_the_configuration_in_them(tmp_path: Path) -> None:
+    file = tmp_path / "my-run.yaml"
+    file.write_text("image: {repository: r/x}\nfinetune: {enabled: true}\nconfig: {swav: {epsilon: 0.03}}\n")
+    assert load_config(file, {}, []) == parse_config({"swav": {"epsilon": 0.03}})
+    file.write_text("config: {swav: {epsilon: 0.03}}\n")
+    with pytest.raises(ConfigError, match="config"):
+        load_config(file, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "reason"),
+    [
+        ("stream.urls", "s3://", "names no bucket"),
+        ("run.directory", "s3:///", "names no bucket"),
+        ("run.directory", "gs://bucket/run", "cannot be written to"),
+        ("checkpoint.copy_to", "https://host/run", "cannot be written to"),
+    ],
+)
+def test_places_that_are_none_are_refused_by_their_key(key: str, place: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        load_config(None, {}, [f"--{key}", place])
+    assert caught.value.key == key
