@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from streamswav.config.sections import Config
 from streamswav.errors import ConfigError
+from streamswav.redact import redact
 
 
 def check_combinations(config: Config) -> None:
@@ -73,6 +74,10 @@ def _check_statistics(config: Config) -> None:
 
 
 def _check_places(config: Config) -> None:
+    endpoint = config.storage.endpoint_url
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        reason = "must be http://HOST:PORT or https://HOST"
+        raise ConfigError("storage.endpoint_url", reason, value=redact(endpoint))
     for key, place in (
         *(("stream.urls", url) for url in config.stream.urls),
         ("run.directory", config.run.directory),

@@ -99,9 +99,7 @@ class StreamSection(Section):
 class StorageSection(Section):
     """How object storage is reached. Credentials come by the usual AWS chain, never from here."""
 
-    endpoint_url: str | None = Field(
-        None, pattern="^(https?://.+)?$", description="S3 endpoint other than AWS (MinIO, Ceph, rclone)"
-    )
+    endpoint_url: str | None = Field(None, description="S3 endpoint other than AWS (MinIO, Ceph, rclone)")
     region: str | None = Field(None, description="region; by default the AWS chain's")
     path_style: bool | None = Field(None, description="bucket in the path; by default with an endpoint_url")
     anonymous: bool = Field(False, description="do not sign requests (public buckets)")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,13 +89,12 @@ def run_doctor(
         seconds=arguments.seconds,
         gpu_type=None if arguments.gpu is None else find_gpu(arguments.gpu),
     )
-    # What storage is asked in vain, and how often, is in the finding.
-    logging.getLogger("streamswav.stream.store").setLevel(logging.ERROR)
     report = Report(case.command, environment)
-    for result in run_checks(_chosen(arguments), case):
-        clean = report.add(result)
-        if not arguments.json and not without_configuration(clean):
-            say(line(clean))
+    with _quiet_storage():
+        for result in run_checks(_chosen(arguments), case):
+            clean = report.add(result)
+            if not arguments.json and not without_configuration(clean):
+                say(line(clean))
     if not arguments.json and (left := sum(map(without_configuration, report.results))):
         say(f"skip  {count(left, 'check')}: {NO_CONFIGURATION}")
     code = exit_code(report.results, strict=arguments.strict)
@@ -103,6 +103,18 @@ def run_doctor(
     say(report.to_json(code) if arguments.json else report.summary(code))
     _leave_abandoned(code)
     return code
+
+
+@contextlib.contextmanager
+def _quiet_storage() -> Iterator[None]:
+    """Keep warnings of storage that is asked in vain from the output: the finding has them."""
+    logger = logging.getLogger("streamswav.stream.store")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _chosen(arguments: argparse.Namespace) -> list[Check]:

@@ -58,7 +58,10 @@ WRONG = [
         ["config.stream.urls: ", "no place that can be read"],
     ),
     ({"config": {"run": {"directory": "s3://"}}}, ["config.run.directory: ", "no place that a run"]),
-    ({"config": {"storage": {"endpoint_url": "minio:9000"}}}, ["/config/storage/endpoint_url"]),
+    (
+        {"config": {"storage": {"endpoint_url": "minio:9000"}}},
+        ["config.storage.endpoint_url: ", "must be http://HOST"],
+    ),
     ({"resources": {"cpu": "48cores"}}, ["/resources/cpu"]),
     ({"env": [{"name": "A", "value": 3}]}, ["/env/0/value", "want string"]),
     ({"networkPolicy": {"storageCidrs": ["10.0.0.0"]}}, ["/networkPolicy/storageCidrs/0"]),

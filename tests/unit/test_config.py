@@ -224,6 +224,7 @@ def test_values_of_the_chart_are_read_as_the_configuration_in_them(tmp_path: Pat
 @pytest.mark.parametrize(
     ("key", "place", "reason"),
     [
+        ("storage.endpoint_url", "minio:9000", "http://HOST:PORT"),
         ("stream.urls", "s3://", "names no bucket"),
         ("run.directory", "s3:///", "names no bucket"),
         ("run.directory", "gs://bucket/run", "cannot be written to"),

@@ -10,6 +10,10 @@
 {{- fail (printf "image.repository: %q is to be a name without https:// and without a tag, which is image.tag" .image.repository) -}}
 {{- end -}}
 {{- include "streamswav.checkRun" (dict "v" . "config" .config "key" "config") -}}
+{{- $endpoint := dig "storage" "endpoint_url" "" .config -}}
+{{- if and $endpoint (not (regexMatch "^https?://." $endpoint)) -}}
+{{- fail (printf "config.storage.endpoint_url: %q must be http://HOST:PORT or https://HOST" $endpoint) -}}
+{{- end -}}
 {{- include "streamswav.checkVolumes" . -}}
 {{- include "streamswav.checkIdentity" . -}}
 {{- if and .monitoring.enabled (eq (dig "telemetry" "port" 9404 .config | int) 0) -}}
