@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from streamswav.commands.audit_checks import count
 from streamswav.config import Config
 from streamswav.doctor.case import Case
 from streamswav.doctor.catalogue import CHECKS
-from streamswav.doctor.finding import NO_CONFIGURATION, count
+from streamswav.doctor.finding import NO_CONFIGURATION
 from streamswav.doctor.report import Report, line, say, without_configuration
 from streamswav.doctor.running import THREAD, Check, exit_code, run_checks
 from streamswav.errors import EXIT_RETRY, ConfigError, StreamswavError

@@ -56,11 +56,6 @@ def skipped(text: str) -> Finding:
     return Finding("skip", text)
 
 
-def count(number: int, what: str) -> str:
-    """A number of things."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def size(count: float) -> str:
     """Bytes as limits are given: in powers of 1024."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

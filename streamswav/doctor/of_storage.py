@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
+from streamswav.commands.audit_checks import count
 from streamswav.doctor.case import Case
-from streamswav.doctor.finding import Finding, NotLookedAtError, count, failed, passed, size, skipped, warned
+from streamswav.doctor.finding import Finding, NotLookedAtError, failed, passed, size, skipped, warned
 from streamswav.doctor.running import Check
 from streamswav.errors import (
     ChangedError,
