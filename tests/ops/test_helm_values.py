@@ -106,3 +106,30 @@ def test_numbers_and_nothing_reach_the_ranks_as_they_were_given(tmp_path):
     assert config.optimizer.weight_decay == 1e-6
     assert (config.checkpoint.minutes, config.checkpoint.images) == (None, 1_000_000)
     assert config.stream.memory == 100 << 30
+
+
+def test_followers_are_jobs_that_know_75_whatever_the_engine_wants(tmp_path):
+    values = {"engine": "pytorchjob", "finetune": FINETUNE, "evaluation": LABELLED}
+    objects = render(values, tmp_path)
+    gang = one(objects, "PyTorchJob")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    codes = {"first": variables(gang).get("STREAMSWAV_RETRY_CODE")}
+    for name in ("first-finetune", "first-evaluation"):
+        pod = one(objects, "Job", name)["spec"]["template"]["spec"]
+        codes[name] = variables(pod).get("STREAMSWAV_RETRY_CODE")
+    assert codes == {"first": "143", "first-finetune": None, "first-evaluation": None}
+
+
+def test_storage_is_in_the_ranks_variables_for_commands_that_read_no_file(tmp_path):
+    storage = {"endpoint_url": "https://minio.minio:9000", "region": None, "path_style": True}
+    values = {"engine": "job", "config": {"storage": storage}}
+    pod = one(render(values, tmp_path), "Job", "first")["spec"]["template"]["spec"]
+    found = {name: value for name, value in variables(pod).items() if "STORAGE" in name}
+    assert found == {
+        "STREAMSWAV_STORAGE__ENDPOINT_URL": "https://minio.minio:9000",
+        "STREAMSWAV_STORAGE__PATH_STYLE": "true",
+    }
+
+
+def variables(pod):
+    """The variables of a pod's ranks that have a value of their own."""
+    return {each["name"]: each["value"] for each in pod["containers"][0]["env"] if "value" in each}

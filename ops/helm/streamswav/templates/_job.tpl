@@ -1,14 +1,14 @@
 {{/*
 Spec of an Indexed Job whose pods are a gang. As `streamswav.pod`, and:
   inSet    a JobSet restarts the gang as a whole, so the first failure fails the Job
-  suspend  whether it waits to be admitted
+  suspend  "true" where it waits to be let go, as `streamswav.suspended` says
 Exit codes: 0 done, 75 saved (or storage or a peer was gone), 78 something has to be changed, 1 anything else.
 */}}
 {{- define "streamswav.jobSpec" -}}
 completions: {{ .nodes }}
 parallelism: {{ .nodes }}
 completionMode: Indexed
-{{- if .suspend }}
+{{- if eq (default "" .suspend) "true" }}
 suspend: true
 {{- end }}
 # A new pod may only come when the old one is gone: until then it holds its host, its GPUs and the run's lease.

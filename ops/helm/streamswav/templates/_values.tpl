@@ -50,7 +50,7 @@ true
 {{/* Storage as variables too, for `kubectl exec` of commands that read no configuration file. */}}
 {{- define "streamswav.storageEnv" -}}
 {{- range $key, $value := default (dict) .storage }}
-{{- if not (hasPrefix "cache" $key) }}
+{{- if not (or (hasPrefix "cache" $key) (kindIs "invalid" $value)) }}
 - {name: STREAMSWAV_STORAGE__{{ upper $key }}, value: {{ toString $value | quote }}}
 {{- end }}
 {{- end }}
