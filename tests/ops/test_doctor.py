@@ -13,6 +13,7 @@ from doctor_cases import (
     case,
     config,
     finetuning,
+    look,
 )
 from runs import TINY
 
@@ -158,6 +159,23 @@ def test_a_look_leaves_no_folder_behind(shards, tmp_path):
     found = {each.name: each.finding.status for each in run_checks(CHECKS, asked)}
     assert found["writing"] == "pass"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_elsewhere_is_asked_about_by_its_gpus_and_nodes_alone(shards, capsys):
+    nodes = ["--gpu", "A100-80GB", "--nnodes", "4", "--nproc-per-node", "8", "--json"]
+    place = ["--stream.urls", str(shards), "--run.directory", "unused"]
+    main(["doctor", *place, *nodes, "--only", "configuration", "collectives", "meeting"])
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)["checks"]}
+    assert "nodes 4, ranks on each 8" in found["configuration"]["text"]
+    assert found["collectives"]["text"] == "NCCL is looked at where the GPUs are"
+    assert found["meeting"]["status"] == "pass"
+
+
+def test_remedies_are_of_what_was_given(shards, tmp_path, capsys):
+    missing = look(case(config(stream__urls=tmp_path / "none")), "listing")
+    assert "it names a folder of this machine; a bucket is s3://BUCKET/PREFIX/" in missing.remedy
+    assert main(["doctor", "--config", str(tmp_path / "none.yaml"), "--only", "configuration"]) == EXIT_CONFIG
+    assert "-> correct the argument: `streamswav doctor --help`" in capsys.readouterr().out
 
 
 def test_no_secret_is_ever_printed(s3, monkeypatch, capsys):

@@ -199,9 +199,8 @@ def test_what_is_counted_for_shared_memory_is_the_batches_own_size():
 
 @pytest.mark.all
 def test_what_is_counted_for_a_machine_is_more_than_a_run_takes_and_not_much(make_shards, tmp_path):
-    make_shards(
-        tmp_path / "shards", counts=[1600] * 4
-    )  # with few a step is a pass, with processes of its own
+    # With few samples a step is a pass, and has loader processes of its own.
+    make_shards(tmp_path / "shards", counts=[1600] * 4)
     keys = {"loader.workers": "2", "training.batch": "64", "crops.sizes": "[32, 16]", "stream.columns": "4"}
     place = [
         "--stream.urls",
@@ -276,7 +275,9 @@ def group(folder, own="0::/", **files):
 def test_a_memory_limit_below_what_is_needed(shards, tmp_path, own, files):
     machine = group(tmp_path, own, **{name.replace(".", "-"): text for name, text in files.items()})
     assert machine.memory().amount == 256 << 20
-    shown("a memory limit of 256 MiB", case(config(stream__urls=shards, loader__workers=2), machine=machine))
+    given = config(stream__urls=shards, loader__workers=2)
+    found = shown("a memory limit of 256 MiB", case(given, machine=machine))
+    assert found.remedy.endswith("or lower the number of ranks")  # the largest part's lever
 
 
 def test_budgets_beyond_the_memory_limit(shards, tmp_path):
