@@ -5,7 +5,7 @@
 Later sources win: file, then `STREAMSWAV_SECTION__KEY`, then `--section.key value`.
 """
 
-from streamswav.config.combinations import check_combinations
+from streamswav.config.combinations import check_combinations, check_endpoint
 from streamswav.config.reading import dump_config, load_config, parse_config
 from streamswav.config.sections import (
     CheckpointSection,
@@ -51,6 +51,7 @@ __all__ = [
     "TrainingSection",
     "WatchdogSection",
     "check_combinations",
+    "check_endpoint",
     "dump_config",
     "keys",
     "load_config",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from streamswav.config.sections import Config
+from urllib.parse import urlsplit
+
+from streamswav.config.sections import Config, StorageSection
 from streamswav.errors import ConfigError
 from streamswav.redact import redact
 
@@ -24,6 +26,23 @@ def check_combinations(config: Config) -> None:
     _check_cache(config)
     _check_labels(config)
     _check_evaluation(config)
+
+
+def check_endpoint(storage: StorageSection) -> None:
+    """Refuse an endpoint that is no address of a server, or names a user.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    endpoint = storage.endpoint_url
+    if endpoint is None:
+        return
+    if not (endpoint.startswith(("http://", "https://")) and urlsplit(endpoint).hostname):
+        reason = "must be http://HOST:PORT or https://HOST"
+        raise ConfigError("storage.endpoint_url", reason, value=redact(endpoint))
+    if "@" in urlsplit(endpoint).netloc:  # requests are signed, or go without
+        reason = "holds a user, which S3 does not know; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise ConfigError("storage.endpoint_url", reason, value=redact(endpoint))
 
 
 def _check_objective(config: Config) -> None:
@@ -74,10 +93,7 @@ def _check_statistics(config: Config) -> None:
 
 
 def _check_places(config: Config) -> None:
-    endpoint = config.storage.endpoint_url
-    if endpoint and not endpoint.startswith(("http://", "https://")):
-        reason = "must be http://HOST:PORT or https://HOST"
-        raise ConfigError("storage.endpoint_url", reason, value=redact(endpoint))
+    check_endpoint(config.storage)
     for key, place in (
         *(("stream.urls", url) for url in config.stream.urls),
         ("run.directory", config.run.directory),
@@ -85,9 +101,10 @@ def _check_places(config: Config) -> None:
     ):
         scheme, found, rest = place.removeprefix("@").partition("://")
         if scheme == "s3" and found and not rest.strip("/"):
-            raise ConfigError(key, "names no bucket, as in s3://BUCKET/PREFIX", value=place)
+            raise ConfigError(key, "names no bucket, as in s3://BUCKET/PREFIX", value=redact(place))
         if key != "stream.urls" and found and scheme not in ("s3", "file"):
-            raise ConfigError(key, "cannot be written to; use a folder or s3://BUCKET/PREFIX", value=place)
+            reason = "cannot be written to; use a folder or s3://BUCKET/PREFIX"
+            raise ConfigError(key, reason, value=redact(place))
 
 
 def _check_grid(config: Config) -> None:

@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
 
-from streamswav.config import StorageSection
-from streamswav.errors import ChangedError, ConfigError, NotFoundError, UnsupportedError
+from streamswav.config import StorageSection, check_endpoint
+from streamswav.errors import ChangedError, NotFoundError, UnsupportedError
 from streamswav.redact import redact
 from streamswav.stream.store.clients import Clients
 from streamswav.stream.store.remote import Remote
@@ -31,16 +30,7 @@ class S3(Remote):
 
     def __init__(self, section: StorageSection, on_request: OnRequest) -> None:
         super().__init__(section, on_request)
-        endpoint = section.endpoint_url
-        if endpoint is not None and not (
-            endpoint.startswith(("http://", "https://")) and urlsplit(endpoint).hostname
-        ):
-            raise ConfigError(
-                "storage.endpoint_url", "must be http://HOST:PORT or https://HOST", value=redact(endpoint)
-            )
-        if endpoint is not None and "@" in urlsplit(endpoint).netloc:  # requests are signed, or go without
-            reason = "holds a user, which S3 does not know; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            raise ConfigError("storage.endpoint_url", reason, value=redact(endpoint))
+        check_endpoint(section)
         self._clients = Clients(section)
         self._close_at_exit(self._clients.close)
 
