@@ -104,7 +104,6 @@ def test_a_run_that_succeeds_keeps_no_secret_anywhere(source, out, tmp_path):
         out,
         file=tmp_path / "config.yaml",
         stream={"passes": 8, "samples": sum(COUNTS)},
-        storage={"endpoint_url": with_user("http://127.0.0.1:9")},
         loader={"workers": 1},
         checkpoint={"images": 5 * BATCH, "copy_to": out / "copy"},
         evaluation={"every": 8 * BATCH, "train": source[0], "test": source[1], "linear_epochs": 1},
