@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import http.client
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import types
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection, reduction, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,7 @@ TINY = {
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+MANY = 512  # above all descriptors that a process is started with
 QUIET_PORTS = (20000, 32000)  # below those that Linux gives to connections
 
 EMPTY: Mapping[str, str] = types.MappingProxyType({})
@@ -231,7 +234,7 @@ def _main(
         gang.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
             Popen=lambda *given, **named: waiting.pop(0).become(*given, **named), DEVNULL=subprocess.DEVNULL
         )
-    sys.exit(cli.enter(arguments))
+    sys.exit(_enter(arguments))
 
 
 class Spare:
@@ -251,7 +254,7 @@ class Spare:
             return
         for number in POLITE:
             signal.signal(number, signal.SIG_IGN)  # as if it did not exist yet
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _die_with_parent(signal.SIGKILL)
         os.close(self._pipe)
         with os.fdopen(ours, "rb") as file:
             given = file.readline()
@@ -263,7 +266,7 @@ class Spare:
         told = json.loads(given)
         os.environ.clear()
         os.environ.update(told["environment"])
-        sys.exit(cli.enter(told["arguments"]))
+        sys.exit(_enter(told["arguments"]))
 
     def become(self, command: Sequence[str], *, env: Mapping[str, str], **_: object) -> Spare:
         """Start the rank, and return once its session is its own."""
@@ -280,7 +283,71 @@ def _fork(arguments: list[str], environment: dict[str, str]) -> int:
     if pid := os.fork():
         return pid
     os.environ.update(environment)
-    sys.exit(cli.enter(arguments))
+    sys.exit(_enter(arguments))
+
+
+def _enter(arguments: list[str]) -> int:
+    """Call the command where the first fork server for loader processes is one that waits already."""
+    util.spawnv_passfds = SpareServer(util.spawnv_passfds).spawn
+    return cli.enter(arguments)
+
+
+class SpareServer:
+    """A child of a rank that was forked from, in place of a fork server that imports torch for itself.
+
+    It is forked before the rank has threads, and waits; `spawn` stands in for multiprocessing's way to start
+    such a server, and gives it what a new process would have: these descriptors and no others, environment,
+    and signals, those blocked as well. A second server is a process of its own.
+    """
+
+    def __init__(self, otherwise: Callable[[str, list[str], list[int]], int]) -> None:
+        self._otherwise = otherwise
+        self._pipe, theirs = multiprocessing.Pipe()
+        rank = os.getpid()
+        if pid := os.fork():
+            theirs.close()
+            self._pid: int | None = pid
+            return
+        for number in POLITE:
+            signal.signal(number, signal.SIG_IGN)  # as if it did not exist yet
+        _die_with_parent(signal.SIGKILL)
+        self._pipe.close()
+        with contextlib.suppress(EOFError):
+            if os.getppid() == rank:
+                self._serve(theirs)
+        os._exit(0)
+
+    def spawn(self, path: str, arguments: list[str], descriptors: list[int]) -> int:
+        """`multiprocessing.util.spawnv_passfds`."""
+        if self._pid is None or "forkserver" not in arguments[-1]:
+            return self._otherwise(path, arguments, descriptors)
+        pid, self._pid = self._pid, None
+        with self._pipe as pipe:
+            pipe.send((arguments[-1], descriptors, dict(os.environ), signal.pthread_sigmask(0, [])))
+            for each in descriptors:
+                reduction.send_handle(pipe, each, pid)
+        return pid
+
+    @staticmethod
+    def _serve(pipe: connection.Connection) -> None:
+        code, numbers, environment, blocked = pipe.recv()
+        given = [fcntl.fcntl(reduction.recv_handle(pipe), fcntl.F_DUPFD, MANY) for _ in numbers]
+        pipe.close()
+        os.closerange(3, MANY)
+        for each, number in zip(given, numbers, strict=True):
+            os.dup2(each, number)
+            os.close(each)
+        os.environ.clear()
+        os.environ.update(environment)
+        for each in POLITE:
+            signal.signal(each, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        _die_with_parent(0)
+        exec(code, {})
+
+
+def _die_with_parent(number: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 from signal import SIGTERM
@@ -107,9 +108,20 @@ def test_the_first_loss_is_that_of_the_first_step_that_counted(train: Train, tmp
     assert summary["loss_first"] > 0
 
 
+def until_written() -> None:
+    """Wait for the checkpoint that is being written in the background, if any."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+
+
 def test_too_many_in_a_row_end_the_run_with_their_keys_and_no_checkpoint(
-    train: Train, tmp_path: Path, capfd: Any
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    """No writer is busy when they have begun, so that nothing but they can put a checkpoint off."""
+    monkeypatch.setattr(
+        Poisoned, "at_step", staticmethod(lambda step: until_written() if step == 6 else None)
+    )
     ended = train(
         *range(5, 20), checkpoint={"images": BATCH}, training={"batch": BATCH, "nonfinite_in_a_row": 4}
     )
