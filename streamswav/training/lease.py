@@ -2,11 +2,11 @@
 
     <run>/lease.json   {"number": 3, "host": "pod-0", "pid": 1, ..., "renewed": 17, "seconds": 60.0}
 
-Whoever holds it writes it again every third of its seconds. A newcomer takes it over once it has lain
-unchanged for as long as it lasts, by the newcomer's own clock, or at once where the holder is known to be
-dead: a process of this machine that is gone. It refuses to begin while the holder renews. A holder that was
-stopped, cut off or thought dead finds another's name in it before anything becomes the run's newest
-checkpoint, and ends. The number of the holder is in every checkpoint.
+Whoever holds it writes it again every third of its seconds, and soon again where that failed. A newcomer
+takes it over once it has lain unchanged for as long as it lasts, by the newcomer's own clock, or at once
+where the holder is known to be dead: a process of this machine that is gone. It refuses to begin while the
+holder renews. A holder that was stopped, cut off or thought dead finds another's name in it before anything
+becomes the run's newest checkpoint, and ends. The number of the holder is in every checkpoint.
 
 What the lease rests upon is `Store.swap`: where the store has no conditional writes (rclone's S3 server, some
 network file systems), two that begin in the same instant may both believe to hold it until the first of them
@@ -172,13 +172,18 @@ class Lease:
             f"{redact(self.url)}: held by {holder.name}, who is not known to be dead; waiting up to "
             f"{holder.seconds:.0f} s for it to be renewed"
         )
-        began = time.monotonic()
+        began, missing = time.monotonic(), False
         while time.monotonic() < began + holder.seconds:
             time.sleep(min(LOOK_SECONDS, holder.seconds / 10))
             now, changed = self._read(self._store)
             other = parse_holder(now)
             if other is None:
-                return holder, changed
+                # Some servers have no object for a moment while one is being replaced.
+                if missing:
+                    return holder, changed
+                missing = True
+                continue
+            missing = False
             if now != content:
                 raise LeaseError(
                     f"{redact(self.url)}: another run writes here ({other.name}); stop it, or choose "
@@ -196,7 +201,11 @@ class Lease:
             return None, None
 
     def _renew(self) -> None:
-        while not self._over.wait(self._seconds / RENEWALS):
+        pause = self._seconds / RENEWALS
+        wait = pause
+        while not self._over.wait(wait):
+            # One that failed has cost a pause already; another of full length may be more than the lease has.
+            wait = pause / RENEWALS
             with self._lock:
                 assert self._held is not None
                 held, version = self._held
@@ -208,6 +217,7 @@ class Lease:
                         return
                 except StorageError:
                     continue  # what matters is whether another has it by the time of the next save
+            wait = pause
 
     def _is_anothers(self, held: Holder) -> bool:
         """Find out after a failed renewal; an answer that was lost may have left what is ours."""

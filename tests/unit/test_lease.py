@@ -2,17 +2,19 @@
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from streamswav.config import StorageSection
-from streamswav.errors import EXIT_CONFIG, ChangedError, LeaseError
+from streamswav.errors import EXIT_CONFIG, ChangedError, LeaseError, NotFoundError, UnavailableError
 from streamswav.stream.store import Store
 from streamswav.training.checkpoint import CheckpointFolder
 from streamswav.training.lease import Holder, Lease
@@ -84,6 +86,52 @@ def test_a_second_writer_is_refused_by_the_name_of_the_first_once_that_one_renew
     first.release()
     second.acquire()
     second.release()
+
+
+def answering(*answers):
+    """Answers as these, one after the other; an error is raised."""
+    left = iter(answers)
+
+    def answer(*given, **named):
+        given = next(left)
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    return answer
+
+
+def test_a_renewal_that_failed_is_tried_again_soon(tmp_path, monkeypatch):
+    lease, waits = Lease(str(tmp_path), Store(), seconds=9), []
+    lease._held = held((str(tmp_path), Store())), None
+    failed = UnavailableError(lease.url, "timed out")
+    monkeypatch.setattr(lease._hurried, "swap", answering(failed, "1", "2"))
+    over = SimpleNamespace(wait=lambda seconds: waits.append(seconds) or len(waits) > 3)
+    monkeypatch.setattr(lease, "_over", over)
+    lease._renew()
+    assert waits == [3, 1, 3, 3]
+    assert lease._held[0].renewed == 2
+
+
+def test_a_lease_that_is_not_there_for_a_moment_while_it_is_renewed_is_held(tmp_path, monkeypatch):
+    store = Store()
+    holder = held((str(tmp_path), store), host="pod-7")
+    lease = Lease(str(tmp_path), store, seconds=9)
+    found, renewed = store.read_version(lease.url), (replace(holder, renewed=1).to_bytes(), "2")
+    missing = NotFoundError(lease.url, "is being replaced")
+    monkeypatch.setattr(store, "read_version", answering(found, missing, renewed))
+    with pytest.raises(LeaseError, match=re.escape("another run writes here (pod-7")):
+        lease.acquire()
+
+
+def test_a_lease_that_is_given_back_meanwhile_is_taken(place):
+    holder, said = held(place, host="pod-7", seconds=20.0), []
+    threading.Timer(0.3, place[1].delete, (place[0] + "/lease.json",)).start()
+    lease = Lease(*place, seconds=FOREVER, tell=said.append)
+    lease.acquire()
+    assert lease.number == holder.number + 1
+    assert len(said) == 1  # it waited, and did not have to take over
+    lease.release()
 
 
 def test_a_dead_process_of_this_machine_is_succeeded_at_once(place):
