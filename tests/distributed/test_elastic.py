@@ -112,7 +112,7 @@ def test_more_ranks_than_the_batch_has_samples_are_refused_with_the_reason(whole
     assert "3 ranks cannot share the run's global batch of 2 samples" in refused.err
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.all)])
 def test_a_run_that_is_killed_ends_the_same_to_the_bit_on(ranks, workers, command, tmp_path):
     run_ranks(command, tmp_path / "whole", ranks, workers=workers)
     run_ranks(command, tmp_path / "killed", ranks, workers=workers, until=6)

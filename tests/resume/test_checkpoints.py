@@ -197,7 +197,7 @@ def test_an_outage_of_the_storage_is_told_and_tried_again_until_it_is_back(s3, s
     assert newest(folder / "run").name == f"step-{ended.of('checkpoint')[-1]['step']:09d}"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.all), 2])
 def test_without_a_checkpoint_for_too_long_all_ranks_end_with_what_was_tried(
     s3, slow, command, tmp_path, ranks
 ):

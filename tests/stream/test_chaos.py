@@ -18,6 +18,7 @@ def chaos(folder, *options):
     return json.loads(report.read_text())
 
 
+@pytest.mark.all
 @pytest.mark.timeout(240)
 def test_a_run_killed_thrice_on_changing_ranks_balances(tmp_path):
     report = chaos(tmp_path, "--rounds", "3", "--minutes", "2", "--passes", "1", "--shards", "14")
