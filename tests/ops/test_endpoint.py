@@ -84,9 +84,6 @@ def story(command, tmp_path_factory):
     made = command(folder / "run", port=port, passes=12)
     seen = {}
     with start_ranks(2, made, folder, launcher=["--max-restarts", "1"]) as running:
-        while (first := get(port, "/readyz")) is None:
-            time.sleep(0.01)
-        seen["ready at first"] = first
         seen["working"] = scrape_until(running, port, lambda now: value(now, "step") >= 6)
         seen["status"] = json.loads(get(port, "/status")[2])
         seen["ready"], seen["healthy"] = get(port, "/readyz"), get(port, "/healthz")
@@ -123,7 +120,6 @@ def test_what_ranks_and_loader_processes_count_comes_together(story):
 
 
 def test_the_endpoint_tells_whether_and_where_the_run_is(story):
-    assert story["ready at first"][0] == 503
     assert story["ready"][0] == story["healthy"][0] == 200
     assert story["elsewhere"][0] == 404
     assert b"/status" in story["elsewhere"][2]
@@ -133,6 +129,19 @@ def test_the_endpoint_tells_whether_and_where_the_run_is(story):
     assert status["run"]["world_size"] == "2"
     assert [rank["rank"] for rank in status["ranks"]] == [0, 1]
     assert {"images", "fraction", "loss", "images_per_second", "seconds_left", "versions"} <= set(status)
+
+
+def test_a_node_that_waits_for_another_is_healthy_and_not_ready(command, tmp_path):
+    port = free_port()
+    flags = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "localhost"]
+    flags += ["--master-port", str(free_port()), "--join-seconds", "60"]
+    with start_ranks(1, command(tmp_path / "run", port=port), tmp_path, launcher=flags) as running:
+        while (ready := get(port, "/readyz")) is None:
+            assert not running.ended, running.so_far().err[-3000:]
+            time.sleep(0.01)
+        assert ready[0] == 503
+        assert get(port, "/healthz")[0] == 200
+        assert json.loads(get(port, "/status")[2])["state"] == "init"
 
 
 def test_openmetrics_and_gzip_are_negotiated(story):
