@@ -177,13 +177,11 @@ class Lease:
             time.sleep(min(LOOK_SECONDS, holder.seconds / 10))
             now, changed = self._read(self._store)
             other = parse_holder(now)
+            if other is None and missing:
+                return holder, changed
+            missing = other is None  # some servers have none for a moment while it is being replaced
             if other is None:
-                # Some servers have no object for a moment while one is being replaced.
-                if missing:
-                    return holder, changed
-                missing = True
                 continue
-            missing = False
             if now != content:
                 raise LeaseError(
                     f"{redact(self.url)}: another run writes here ({other.name}); stop it, or choose "
